@@ -14,9 +14,10 @@ errors.
 
     for each epoch:
         draw K images of each prompt with `sampler`, score them, center the scores    (sample_ode, advantages)
-        for each sigma: add noise, predict with the policy, `old` and the guided pretrained model
+        for each optimizer step, on its share of the prompts, and for each sigma:
+            add noise; predict with the policy, with `old` and with the guided pretrained model
             loss = (centered rho - centered reward)^2 + kappa(reward) |v - v_ref|^2   (crd_loss, anchor_loss)
-        step the policy; let `old` and `sampler` follow it, each at its own pace      (decay, blend)
+        let `old` and `sampler` follow the policy, each at its own pace               (decay, blend)
 
 The three adapters are LoRA weights on one frozen model: `policy` learns, `old` is the moving reference p_old,
 `sampler` draws the images. All off, it is the pretrained model, whose guided prediction anchors the policy.
@@ -30,6 +31,7 @@ One process, one device: the authors train on many GPUs. A group here is always 
 
 import argparse
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -38,6 +40,7 @@ import os
 import re
 import resource
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,6 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import rewards
@@ -98,7 +102,7 @@ class Settings:
     lr: float = 3e-4                    # AdamW learning rate
     weight_decay: float = 1e-4          # AdamW weight decay
     max_grad_norm: float = 1.0          # gradient norm is clipped here
-    old_decay: tuple = (0, 0.25, 0.001, 0.5)     # `old`: start_step, start_value, slope, end_value
+    old_decay: tuple = (0, 0.25, 0.001, 0.5)     # `old` keeps: start_step, start_value, slope, end_value
     sampler_decay: tuple = (0, 0.0, 0.001, 0.5)  # `sampler`: the same four
     grad_checkpoint: bool = True        # recompute the blocks in the backward pass, keep no activations
     compile: bool = False               # torch.compile each transformer block
@@ -121,20 +125,19 @@ PRESETS = {
     "geneval": dict(reward="geneval"),
     "tiny": dict(model=str(HERE / "tiny-sd3"), reward=f"ocr@{HERE / 'tiny-sd3'}", prompts="signs", height=32,
                  width=64, max_sequence_length=1, rank=16, alpha=32, groups=12, group_size=8, sample_batch=96,
-                 decode_batch=96, micro_batch=96, train_timesteps=4, epochs=50, steps_per_epoch=1, lr=1e-3,
-                 anchor_guidance=2.0, grad_checkpoint=False, eval_every=5, eval_images=256, eval_steps=10,
-                 device="cpu"),
+                 decode_batch=96, micro_batch=96, train_timesteps=4, epochs=100, steps_per_epoch=6, lr=5e-4,
+                 anchor_guidance=4.0, grad_checkpoint=False, eval_images=256, eval_steps=10, device="cpu"),
 }
 
 
 # ----------------------------------------------------------------------------------------------- LoRA by hand
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus one of several low-rank updates: y = W x + (alpha / rank) B A x (Hu et al.
-    2021).
+    """A frozen linear layer plus one of several low-rank updates: y = W x + (alpha / rank) B A x.
 
-    `active` names the update in use, or is None for the pretrained layer, to the bit. A is Gaussian and B
-    zero, so every update starts as nothing. The updates are float32 whatever the precision of W.
+    (Hu et al. 2021, arXiv 2106.09685.) `active` names the update in use, or is None for the pretrained layer,
+    to the bit. A is Gaussian and B zero, so every update starts as nothing. They are stored in float32, and
+    computed with in the precision of x.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -162,8 +165,10 @@ TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
 def add_lora(model, targets=TARGETS, rank=32, alpha=64, adapters=("policy", "old", "sampler")):
     """Freeze `model` and put a LoRALinear in place of each linear layer whose name ends in a target.
 
-    Returns {layer name: LoRALinear}. The first adapter is the trainable one. Raises ValueError if nothing
-    matches.
+    (`attn.to_q` is no ending of `attn2.to_q`: SD3.5's second, image-only attention stays as it is.)
+
+    Returns {layer name: LoRALinear}. All adapters start alike; only the first is trainable. Raises ValueError
+    if nothing matches.
     """
     model.requires_grad_(False)
     layers = {}
@@ -203,8 +208,7 @@ def blend(layers, name, decay, source="policy"):
 
 
 def save_lora(path, layers, name="policy"):
-    """Write adapter `name` as a diffusers LoRA file, whole or not at all. The scale alpha / rank is folded
-    into B."""
+    """Write adapter `name` for diffusers' `load_lora_weights`, the scale alpha / rank folded into B."""
     tensors = {}
     for layer_name, layer in layers.items():
         tensors[f"transformer.{layer_name}.lora_A.weight"] = layer.A[name].detach().cpu()
@@ -213,8 +217,7 @@ def save_lora(path, layers, name="policy"):
 
 
 def load_lora(path, layers, name="policy"):
-    """Read a file of `save_lora` into adapter `name`. Raises ValueError if its layers or shapes are
-    others."""
+    """Read a file of `save_lora` into adapter `name`. ValueError if its layers or shapes are others."""
     tensors = load_file(path)
     expected = {f"transformer.{layer_name}.lora_{part}.weight" for layer_name in layers for part in "AB"}
     if tensors.keys() != expected:
@@ -233,12 +236,11 @@ def load_lora(path, layers, name="policy"):
 # ----------------------------------------------------------------------------- gradient checkpointing by hand
 
 class Checkpoint(torch.autograd.Function):
-    """Run a block and keep only its inputs; run it again, with the same adapters, when its gradient is asked
-    for.
+    """Run a block and keep only its inputs; run it again when its gradient is asked for.
 
-    (Chen et al. 2016, arXiv 1604.06174.) Memory for activations falls from all blocks to one, for one more
-    forward. `tensors` are the block's inputs followed by its trainable parameters, so that autograd sees
-    both.
+    (Chen et al. 2016, arXiv 1604.06174.) The second run uses the adapters of the first. Memory for
+    activations falls from all blocks to one, for one more forward. `tensors` are the block's inputs followed
+    by its trainable parameters, so that autograd sees both.
     """
 
     @staticmethod
@@ -271,10 +273,11 @@ def checkpoint_blocks(transformer):
     for block in transformer.transformer_blocks:
         layers = [m for m in block.modules() if isinstance(m, LoRALinear)]
 
-        def forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None,
-                    block=block, run=block.forward, layers=layers):
+        def forward(hidden_states, encoder_hidden_states, temb,
+                    block=block, run=block.forward, layers=layers, **constants):
             if not torch.is_grad_enabled():
-                return run(hidden_states, encoder_hidden_states, temb)
+                return run(hidden_states, encoder_hidden_states, temb, **constants)
+            run = functools.partial(run, **constants)
             parameters = [p for p in block.parameters() if p.requires_grad]
             return Checkpoint.apply(run, layers, 3, hidden_states, encoder_hidden_states, temb, *parameters)
 
@@ -293,13 +296,12 @@ def add_noise(x0, noise, sigma):
 
 
 def sample_ode(velocity, noise, sigmas, order=2):
-    """Integrate dx/dsigma = v from noise to an image by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095,
-    Alg. 2).
+    """Integrate dx/dsigma = v from noise to an image by DPM-Solver++(2M).
 
-    In its flow form: alpha = 1 - sigma, lambda = log(alpha / sigma), data prediction x0 = x - sigma v. A step
-    from s to t is x_t = (sigma_t / sigma_s) x_s + (alpha_t - alpha_s sigma_t / sigma_s) D, where D is the
-    last x0 at first order and is extrapolated from the last two at second. The first and the last step are
-    first order.
+    (Lu et al. 2022, arXiv 2211.01095, Alg. 2; in flow form alpha = 1 - sigma, lambda = log(alpha / sigma).)
+    From s to t, x_t = D + (sigma_t / sigma_s) (x_s - D). At first order D is the data prediction x0 = x -
+    sigma v; at second it is extrapolated in lambda from the last two. The first and the last step are first
+    order, and so is the second where sigma starts at 1, since lambda is infinite there.
 
     velocity(x, sigma ()) -> (B, C, H, W); noise (B, C, H, W); sigmas (S + 1,), descending, the last one 0.
     order 1 is the Euler method. Returns x0 (B, C, H, W).
@@ -307,23 +309,22 @@ def sample_ode(velocity, noise, sigmas, order=2):
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
     x, before = noise, None
-    log_snr = torch.log((1 - sigmas) / sigmas)  # infinite at sigma = 1, so the step after that has ratio 0
+    log_snr = torch.log((1 - sigmas) / sigmas)
     for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         x0 = x - s * velocity(x, s)
         D = x0
         if order == 2 and before is not None and t > 0:
             ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
             D = x0 + ratio / 2 * (x0 - before)
-        x = t / s * x + ((1 - t) - (1 - s) * t / s) * D
+        x = D + t / s * (x - D)
         before = x0
     return x
 
 
 def advantages(rewards, group_size, clip=5.0):
-    """Targets s = A / (2 clip) + 1/2 in [0, 1], with A = (R - mean_group R) / (std_all R + 1e-4) clipped to
-    +-clip.
+    """Targets s = A / (2 clip) + 1/2 in [0, 1], A = (R - mean_group R) / (std_all R + 1e-4) within +-clip.
 
-    rewards (N,), the images of a prompt side by side. The mean is the prompt's own, the standard deviation
+    rewards R (N,), the images of a prompt side by side. The mean is the prompt's own, the standard deviation
     the batch's (over N): a prompt with little spread is not blown up. Raises ValueError if N is no multiple
     of group_size.
     """
@@ -335,16 +336,17 @@ def advantages(rewards, group_size, clip=5.0):
 
 
 def implicit_reward(v, v_old, u, adaptive=True):
-    """rho = -mean[(v - u)^2 / m - (v_old - u)^2 / m_old], one draw of log p_theta(x|c) - log p_old(x|c)
-    (paper, sec. 3).
+    """rho = -mean[(v - u)^2 / m - (v_old - u)^2 / m_old], one draw of log p_theta(x|c) - log p_old(x|c).
 
-    By the ELBO a model's log-likelihood is minus its denoising error, and the two share sigma and noise. The
-    adaptive weights m = mean |v - u|, at least 1e-5 and detached, put all sigmas on one scale (DiffusionNFT,
-    arXiv 2509.16117). v, v_old, u (B, C, H, W) -> (B,). Zero where v = v_old.
+    (Paper, sec. 3.) By the ELBO a model's log-likelihood is minus its denoising error, and the two share
+    sigma and noise. The adaptive weights m = mean |v - u|, at least 1e-5 and detached, put all sigmas on one
+    scale (DiffusionNFT, arXiv 2509.16117). v, v_old, u (B, C, H, W) -> (B,). Zero where v = v_old.
     """
-    def error(v):
-        m = (v - u).abs().mean((1, 2, 3)).detach().clamp(min=1e-5) if adaptive else 1.0
-        return (v - u).square().mean((1, 2, 3)) / m
+    def error(prediction):
+        difference = prediction - u
+        m = difference.abs().mean((1, 2, 3)).detach().clamp(min=1e-5) if adaptive else 1.0
+        return difference.square().mean((1, 2, 3)) / m
+
     return error(v_old) - error(v)
 
 
@@ -361,12 +363,12 @@ def group_mean(x, targets, group_size, tau=math.inf):
 
 
 def crd_loss(rho, targets, group_size, beta=1.0, tau=math.inf, clip=5.0, rho_mean=None):
-    """(A_max / beta) mean_i (beta (rho_i - sg(mean_group rho)) - (s_i - mean_group s))^2, the paper's
-    centered loss.
+    """(A_max / beta) mean_i (beta (rho_i - sg(mean_group rho)) - (s_i - mean_group s))^2.
 
-    rho (B,), one implicit reward an image; targets s (B,) of `advantages`; B whole groups side by side ->
-    scalar. With the plain mean (tau = inf), detaching the mean of rho changes no gradient: the centered terms
-    it multiplies sum to zero over a group. At a finite tau the two directions of `group_mean` are averaged.
+    The paper's centered loss. rho (B,), one implicit reward an image; targets s (B,) of `advantages`; B whole
+    groups side by side -> scalar. With the plain mean (tau = inf), detaching the mean of rho changes no
+    gradient: the centered terms it multiplies sum to zero over a group. At a finite tau the two directions of
+    `group_mean` are averaged.
 
     A part of a group must still be centered on the whole of it: give rho_mean (D, B), the part's columns of
     `group_mean(rho)` from a pass over the whole group, and targets (D, B) with their own `group_mean`
@@ -381,31 +383,30 @@ def crd_loss(rho, targets, group_size, beta=1.0, tau=math.inf, clip=5.0, rho_mea
 
 
 def anchor_loss(v, v_ref, normalized_reward, kappa, kappa_min=1e-4):
-    """mean_i kappa_i mean_chw (v - v_ref)^2, kappa_i = kappa_min + n_i (kappa - kappa_min): the KL to the
-    reference.
+    """mean_i kappa_i mean_chw (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
-    v, v_ref (B, C, H, W); normalized_reward n (B,) in [0, 1], or None for kappa everywhere. The anchor is
-    weak on images of low reward, which have everything to learn, and strong on those that could start to
-    cheat.
+    The KL to the guided pretrained model, up to sigma's weight. v, v_ref (B, C, H, W); normalized_reward n
+    (B,) in [0, 1], or None for kappa everywhere. The anchor is weak on images of low reward, which have
+    everything to learn, and strong on those that could start to cheat.
     """
+    kappa_min = min(kappa_min, kappa)
     strength = kappa if normalized_reward is None else kappa_min + normalized_reward * (kappa - kappa_min)
     return (strength * (v - v_ref).square().mean((1, 2, 3))).mean()
 
 
 def decay(step, start_step, start_value, slope, end_value):
-    """How much an adapter keeps of itself at optimizer step `step`: start_value, then a ramp up to
-    end_value."""
+    """How much of itself an adapter keeps in a blend after optimizer step `step`: a ramp to end_value."""
     return start_value if step < start_step else min(start_value + slope * (step - start_step), end_value)
 
 
 # --------------------------------------------------------------------------------------- the model's two ends
 
 def load_pipeline(s, device):
-    """The pretrained pipeline, frozen: transformer in --dtype on the device, VAE in float32, text encoders
-    waiting."""
+    """The pretrained pipeline, frozen: transformer and VAE on the device, text encoders on the CPU."""
     from diffusers import StableDiffusion3Pipeline
+    # What model_index.json holds as null must be passed as None, or from_pretrained looks for it.
     absent = {name: None for name, kind in StableDiffusion3Pipeline.load_config(s.model).items()
-              if isinstance(kind, (list, tuple)) and kind[0] is None}  # else from_pretrained looks for them
+              if isinstance(kind, (list, tuple)) and kind[0] is None}
     dtype = {"default": {"bf16": torch.bfloat16, "fp32": torch.float32}[s.dtype], "vae": torch.float32}
     pipe = StableDiffusion3Pipeline.from_pretrained(s.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
     for module in (pipe.transformer, pipe.vae, *text_encoders(pipe)):
@@ -421,8 +422,7 @@ def text_encoders(pipe):
 
 @torch.no_grad()
 def encode(pipe, prompts, s, device):
-    """Prompts to (embeddings (N, L, D), pooled (N, P)) on the device. The encoders visit it only for this
-    call."""
+    """N prompts to (embeddings (N, L, D), pooled (N, P)). The text encoders visit the device for it."""
     for module in text_encoders(pipe):
         module.to(device)
     parts = [pipe.encode_prompt(list(prompts[i:i + 16]), None, None, device=device,
@@ -453,8 +453,7 @@ def latent_shape(pipe, s):
 def velocity(transformer, x, sigma, cond, empty=None, guidance=1.0):
     """v(x, sigma, c), or with guidance v(empty) + guidance (v(c) - v(empty)) (Ho and Salimans 2022).
 
-    x (B, C, H, W) float32; sigma (); cond = (embeddings (B, L, D), pooled (B, P)); empty the same for one
-    prompt.
+    x (B, C, H, W) float32; sigma (); cond = (embeddings (B, L, D), pooled (B, P)); empty is one prompt's.
     """
     if guidance != 1.0:
         both = [torch.cat([e.expand_as(c), c]) for e, c in zip(empty, cond)]
@@ -466,8 +465,7 @@ def velocity(transformer, x, sigma, cond, empty=None, guidance=1.0):
 
 @torch.no_grad()
 def generate(transformer, noise, sigmas, cond, batch, empty=None, guidance=1.0, label="sample"):
-    """Noise (N, C, h, w) and conditions for P prompts to latents x0 (N, C, h, w): N / P images of each, in a
-    row."""
+    """Noise (N, C, h, w) and the conditions of P prompts to latents x0 (N, C, h, w), N / P images of each."""
     latents, K = [], len(noise) // len(cond[0])
     for rows in tqdm(torch.arange(len(noise)).split(batch), desc=label, leave=False):
         here = [t[rows // K] for t in cond]
@@ -488,9 +486,9 @@ def accumulate_gradients(transformer, layers, batch, sigma, noise, s, weight):
     """Add to the policy's gradients those of the CRD objective at one sigma, for whole groups of images.
 
     `batch` holds x0 (N, C, h, w), targets (N,), strength (N,) or None, cond for the N / K prompts, and empty.
-    A micro-batch is some whole groups or a part of one; of a part, rho's group mean comes first, from a pass
-    without gradients. Returns the means over images of (loss, centered loss, anchor, rho, rho squared), times
-    `weight`.
+    A micro-batch is some whole groups or a part of one. Where groups are cut, a pass without gradients gives
+    rho's mean over the whole group first. Gradients, and the returned means over images of (loss, centered
+    loss, anchor, rho, rho squared), are times `weight`.
     """
     K, N, targets, total = s.group_size, len(batch["x0"]), batch["targets"], torch.zeros(5)
     centered = targets - group_mean(targets, targets, K, s.tau)  # (D, N)
@@ -498,10 +496,13 @@ def accumulate_gradients(transformer, layers, batch, sigma, noise, s, weight):
 
     def predict(rows, adapter, guidance=1.0, grad=False):
         cond = [t[rows // K] for t in batch["cond"]]
-        with use_adapter(layers, adapter), torch.set_grad_enabled(grad):
+        plain = grad and x.device.type == "cpu"  # there, fused attention is three times as slow in backward
+        attention = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+        with use_adapter(layers, adapter), torch.set_grad_enabled(grad), attention:
             return velocity(transformer, x[rows], sigma, cond, batch["empty"], guidance)
 
-    for block in torch.arange(N).split(max(s.micro_batch // K, 1) * K):  # whole groups
+    # A block is whole groups: as many as fit in a micro-batch, or one, cut into several parts.
+    for block in torch.arange(N).split(max(s.micro_batch // K, 1) * K):
         parts = block.split(s.micro_batch)
         if s.reward_weight:
             v_old, rho_mean = torch.cat([predict(rows, "old") for rows in parts]), None
@@ -534,8 +535,7 @@ def accumulate_gradients(transformer, layers, batch, sigma, noise, s, weight):
 # -------------------------------------------------------------------------------------------- data in and out
 
 def write_aside(path, write):
-    """Call write(aside) on a path beside `path`, then rename: a killed save leaves the previous file
-    whole."""
+    """Call write(aside) on a path beside `path`, then rename: a killed save leaves the previous file."""
     aside = f"{path}.aside"
     write(aside)
     os.replace(aside, path)
@@ -545,8 +545,8 @@ def save(run, name):
     """Write a checkpoint, runs/NAME/last or best: the LoRA for diffusers, and all that --resume needs."""
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = {name: {k: v for k, v in layer.state_dict().items() if not k.startswith("base.")}
-                for name, layer in run.layers.items()}
+    adapters = {layer_name: {key: v for key, v in layer.state_dict().items() if not key.startswith("base.")}
+                for layer_name, layer in run.layers.items()}
     state = dict(adapters=adapters, optimizer=run.optimizer.state_dict(), progress=run.progress,
                  rng=run.generator.get_state())
     write_aside(folder / "state.pt", lambda aside: torch.save(state, aside))
@@ -556,12 +556,13 @@ def save(run, name):
 def restore(run, name):
     """The reverse of `save`."""
     state = torch.load(run.folder / name / "state.pt", map_location="cpu", weights_only=True)
-    for name, layer in run.layers.items():
-        layer.load_state_dict(state["adapters"][name], strict=False)
+    for layer_name, layer in run.layers.items():
+        layer.load_state_dict(state["adapters"][layer_name], strict=False)  # the frozen base is not in it
     run.optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.param_groups[0].update(lr=run.s.lr, weight_decay=run.s.weight_decay)  # flags may differ
     run.generator.set_state(state["rng"])
     run.progress.update(state["progress"])
-    run.stream = itertools.islice(run.stream, run.progress["epoch"] * run.s.groups, None)
+    run.stream = itertools.islice(run.stream, run.progress["prompts"], None)
     lines = [m for m in read_metrics(run.folder) if m["epoch"] < run.progress["epoch"]]
     write_aside(run.folder / "metrics.jsonl",
                 lambda aside: Path(aside).write_text("".join(json.dumps(m) + "\n" for m in lines)))
@@ -572,7 +573,7 @@ def contact_sheet(path, images, captions, columns=4):
     scale = max(1, 256 // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
     font, line = ImageFont.load_default(size=13), 18
-    captions = [wrap(caption, font, width - 8)[:3] for caption in captions]
+    captions = [textwrap.wrap(caption, width // 7)[:3] for caption in captions]
     cell = height + line * max(map(len, captions)) + 10
     sheet = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * cell), "white")
     pen = ImageDraw.Draw(sheet)
@@ -583,21 +584,11 @@ def contact_sheet(path, images, captions, columns=4):
     write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
 
 
-def wrap(text, font, width):
-    """Break text into lines of at most `width` pixels, at spaces."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if font.getlength(longer) <= width or not lines[-1] else [lines[-1], word]
-    return lines
-
-
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#475569", "#dc2626")
 
 
 def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, size=(900, 560)):
-    """Draw a line chart as a PNG with Pillow. curves: {label: [runs]}, a run a list of (x, y), levels:
-    {label: y}.
+    """A line chart, drawn with Pillow: curves {label: [runs]}, a run a list of (x, y); levels {label: y}.
 
     Several runs of one label share a color: the thin lines are the runs, the thick one is their mean.
     """
@@ -643,7 +634,8 @@ def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, siz
 def read_metrics(folder):
     """The lines of a run's metrics.jsonl, a list of dicts."""
     path = Path(folder, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
 
 
 def reward_curve(folder, split="eval"):
@@ -707,31 +699,36 @@ class Run:
     optimizer: torch.optim.Optimizer
     generator: torch.Generator  # draws everything that is random after the prompts
     flops: int                  # floating-point operations of one image's forward pass
-    progress: dict              # epoch, step, images, seconds and best reward so far
+    progress: dict              # epoch, step, prompts, images, seconds and best reward so far
 
 
 def validate(s):
     """Refuse settings that contradict each other, in one line."""
     for name, choices in (("dtype", ("bf16", "fp32")), ("anchor_adapt", ("reward", "advantage", "off"))):
         if getattr(s, name) not in choices:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(s, name)}: choose from {', '.join(choices)}")
-    for name in ("groups", "group_size", "rollout_steps", "eval_steps", "eval_images", "eval_every", "micro_batch",
-                 "sample_batch", "decode_batch", "steps_per_epoch", "rank"):
+            flag = f"--{name.replace('_', '-')}"
+            raise SystemExit(f"{flag} {getattr(s, name)}: choose from {', '.join(choices)}")
+    for name in ("groups", "group_size", "rollout_steps", "sample_batch", "decode_batch", "steps_per_epoch",
+                 "micro_batch", "eval_every", "eval_images", "eval_steps", "rank"):
         if getattr(s, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
     if s.groups % s.steps_per_epoch:
-        raise SystemExit(f"--groups {s.groups} is no multiple of --steps-per-epoch {s.steps_per_epoch}: each step "
-                         "takes an equal share of the groups")
+        raise SystemExit(f"--groups {s.groups} is no multiple of --steps-per-epoch {s.steps_per_epoch}: each "
+                         "step takes an equal share of the groups")
     if not 0 <= s.train_timesteps <= s.rollout_steps:
-        raise SystemExit(f"--train-timesteps {s.train_timesteps}: they are drawn from the {s.rollout_steps} of "
-                         "--rollout-steps (0: all of them)")
+        raise SystemExit(f"--train-timesteps {s.train_timesteps}: they are drawn from the {s.rollout_steps} "
+                         "of --rollout-steps (0: all of them)")
+    for name in ("beta", "tau", "advantage_clip"):
+        if not getattr(s, name) > 0:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(s, name)}: must be positive")
+    if s.group_size < 2 and s.reward_weight:
+        raise SystemExit(f"--group-size {s.group_size}: an image alone is its own mean; give at least two")
     if not s.reward_weight and not s.anchor:
         raise SystemExit("--reward-weight 0 --anchor 0: nothing is left to learn from")
 
 
 def prepare(s):
-    """Load all that a run needs; check it before anything is drawn. A user's mistake is a SystemExit of one
-    line."""
+    """Load and check all that a run needs. A user's mistake is a SystemExit of one line."""
     validate(s)
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(s.resume or Path("runs", s.name))
@@ -742,7 +739,7 @@ def prepare(s):
                          "--preset tiny`, the bundled model for CPUs (or insist with --device cpu)")
     try:
         reward = rewards.load(s.reward, device)
-        source = s.prompts or ("ocr" if "ocr" in s.reward else "animals")
+        source = s.prompts or ("ocr" if "ocr" in re.split("[,@: ]+", s.reward) else "animals")
         rewards.check(reward, source)
         prompts, metadata = zip(*rewards.prompts(source, "eval", s.seed)[:s.eval_images])
         stream = rewards.prompts(source, "train", s.seed)
@@ -752,9 +749,10 @@ def prepare(s):
     try:
         pipe = load_pipeline(s, device)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: cannot load {s.model} ({str(error).strip().splitlines()[0]}). If its weights are "
-                         f"gated, accept the licence on https://huggingface.co/{s.model} and run `hf auth login`; "
-                         "or try `python crd.py --preset tiny`, the bundled model") from None
+        cause = str(error).strip().splitlines()[0]
+        raise SystemExit(f"error: cannot load {s.model} ({cause}). If its weights are gated, accept the "
+                         f"licence on https://huggingface.co/{s.model} and run `hf auth login`; or try "
+                         "`python crd.py --preset tiny`, the bundled model") from None
 
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")
@@ -762,6 +760,7 @@ def prepare(s):
     flops = count_flops(pipe.transformer, latent_shape(pipe, s), empty)
     layers = add_lora(pipe.transformer, TARGETS, s.rank, s.alpha)
     if s.compile:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each adapter, with and without gradients
         for block in pipe.transformer.transformer_blocks:
             block.forward = torch.compile(block.forward)
     if s.grad_checkpoint:
@@ -770,13 +769,15 @@ def prepare(s):
                                   betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay)
     run = Run(s, folder, reward, stream, (prompts, metadata, held_out), empty, pipe, layers, optimizer,
               torch.Generator(device).manual_seed(s.seed), flops,
-              {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0, "best": -math.inf})
+              {"epoch": 0, "step": 0, "prompts": 0, "images": 0, "seconds": 0.0, "best": -math.inf})
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if s.resume:
         restore(run, "last")
     elif s.epochs:
         save(run, "last")
-    write_aside(folder / "args.json", lambda aside: Path(aside).write_text(json.dumps(asdict(s), indent=2)))
+    if s.epochs or not s.resume:
+        text = json.dumps(asdict(s), indent=2)
+        write_aside(folder / "args.json", lambda aside: Path(aside).write_text(text))
     if s.wandb:
         import wandb
         wandb.init(project=s.wandb, name=folder.name, config=asdict(s))
@@ -813,27 +814,30 @@ def train(s):
                         "off": None}[s.anchor_adapt]
 
         with clock("train"):  # 3. train
-            totals = torch.zeros(5)
+            totals = torch.zeros(6)  # loss, centered loss, anchor, rho, rho squared, gradient norm
             shares = torch.arange(N).split(s.groups // s.steps_per_epoch * K)
             for share in tqdm(shares, desc="train", leave=False):
                 batch = {"x0": x0[share], "cond": [t[share[::K] // K] for t in cond], "empty": run.empty,
                          "targets": targets[share], "strength": None if strength is None else strength[share]}
                 for i in torch.randperm(s.rollout_steps, generator=run.generator, device=device)[:T]:
                     noise = torch.randn(batch["x0"].shape, generator=run.generator, device=device)
-                    totals += accumulate_gradients(transformer, run.layers, batch, sigmas[i], noise, s, 1 / T)
+                    totals[:5] += accumulate_gradients(transformer, run.layers, batch, sigmas[i], noise, s,
+                                                       weight=1 / T)
                 grad_norm = nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
                 if not grad_norm.isfinite():
                     raise FloatingPointError(f"the gradient norm is {grad_norm.item()}")
                 run.optimizer.step()  # 4. step
                 run.optimizer.zero_grad()
+                totals[5] += grad_norm.cpu()
                 progress["step"] += 1
 
         blend(run.layers, "old", decay(progress["step"], *s.old_decay))  # 5. blend
         blend(run.layers, "sampler", decay(progress["step"], *s.sampler_decay))
-        progress.update(epoch=epoch + 1, images=progress["images"] + N,
-                        seconds=progress["seconds"] + sum(clock.seconds.values()))
+        seconds = sum(clock.seconds.values())
+        for key, more in {"epoch": 1, "prompts": s.groups, "images": N, "seconds": seconds}.items():
+            progress[key] += more
+        report(run, clock.seconds, R, parts, totals / s.steps_per_epoch)
         save(run, "last")
-        report(run, clock.seconds, R, parts, totals / s.steps_per_epoch, grad_norm)
     evaluate(run, progress["epoch"])
     return run.folder
 
@@ -849,8 +853,9 @@ def evaluate(run, epoch):
     generator = torch.Generator().manual_seed(1234)
     noise = torch.randn(len(prompts), *latent_shape(run.pipe, s), generator=generator)
     sigmas = scheduler_sigmas(run.pipe.scheduler, s.eval_steps, vae.device)
-    latents = generate(run.pipe.transformer, noise.to(vae.device), sigmas, cond, s.sample_batch, run.empty,
-                       s.eval_guidance, "evaluate")
+    with use_adapter(run.layers, "policy"):
+        latents = generate(run.pipe.transformer, noise.to(vae.device), sigmas, cond, s.sample_batch,
+                           run.empty, s.eval_guidance, "evaluate")
     images = decode(vae, latents, s.decode_batch)
     R, parts = run.reward.score(images, prompts, metadata)
     captions = [f"{prompt}  {reward:.2f}" for prompt, reward in zip(prompts, R.tolist())]
@@ -863,6 +868,7 @@ def evaluate(run, epoch):
     if s.epochs and R.mean() > run.progress["best"]:
         run.progress["best"] = R.mean().item()
         save(run, "best")
+        save(run, "last")  # so that a resumed run knows what it has to beat
 
 
 def rewards_of(run, R, parts):
@@ -872,23 +878,25 @@ def rewards_of(run, R, parts):
             **{name: part.mean().item() for name, part in parts.items()}}
 
 
-def report(run, seconds, R, parts, totals, grad_norm):
+def report(run, seconds, R, parts, totals):
     """Log a training epoch and print its line. Every run is its own benchmark.
 
     Model FLOPs: a forward pass an image and rollout step; in training, the policy's forward and its backward
-    (which costs one more: frozen weights need no gradient), `old`, and the reference, twice where it is
-    guided.
+    (which costs one more: frozen weights need no gradient), `old`, the reference, twice where it is guided,
+    and the policy once more where groups are cut. Recomputation does not count.
     """
-    s, (loss, centered, anchor, rho, rho_squared) = run.s, totals.tolist()
+    s, (loss, centered, anchor, rho, rho_squared, grad_norm) = run.s, totals.tolist()
     T = s.train_timesteps or s.rollout_steps
     reference = bool(s.anchor) * (1 + (s.anchor_guidance != 1))
-    passes = s.rollout_steps + T * (2 + bool(s.reward_weight) + reference)
+    reward = bool(s.reward_weight) * (1 + (s.micro_batch < s.group_size))
+    passes = s.rollout_steps + T * (2 + reward + reference)
     tflops = len(R) * passes * run.flops / (seconds["sample"] + seconds["train"]) / 1e12
     rate, device, epoch = len(R) / sum(seconds.values()), run.pipe.vae.device, run.progress["epoch"] - 1
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    mfu = next((tflops / peak for name, peak in PEAK_TFLOPS.items() if name in gpu), None)
+    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu and s.dtype == "bf16"), None)
+    mfu = tflops / peak if peak else None
     log(run, split="train", epoch=epoch, **rewards_of(run, R, parts), loss=loss, centered_loss=centered,
-        anchor=anchor, rho=rho, rho_std=max(rho_squared - rho**2, 0) ** 0.5, grad_norm=grad_norm.item(),
+        anchor=anchor, rho=rho, rho_std=max(rho_squared - rho**2, 0) ** 0.5, grad_norm=grad_norm,
         **{f"{phase}_seconds": t for phase, t in seconds.items()}, images_per_second=rate, tflops=tflops,
         mfu=mfu, peak_gb=peak_memory(device))
     phases = " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items())
@@ -909,8 +917,7 @@ def log(run, **line):
 # ------------------------------------------------------------------------------------------- the command line
 
 def parse(argv=None):
-    """The command line to Settings: the preset's defaults (or a resumed run's settings), then the flags
-    given."""
+    """The command line to Settings: a preset's defaults, or a resumed run's, then the flags given."""
     help_text = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -919,14 +926,15 @@ def parse(argv=None):
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif field.type is tuple:
-            parser.add_argument(flag, nargs=4, type=float, metavar=tuple("TVSE"), help=text)
+            parser.add_argument(flag, nargs=4, type=float, metavar=("STEP", "VALUE", "SLOPE", "END"),
+                                help=text)
         else:
             parser.add_argument(flag, type=field.type, metavar=field.name.split("_")[-1].upper(), help=text)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         path = Path(given["resume"], "args.json")
         if not path.exists():
-            raise SystemExit(f"--resume {path.parent}: no {path}; give the folder of a run, such as runs/NAME")
+            raise SystemExit(f"--resume {path.parent}: no {path}; give a run's folder, such as runs/NAME")
         defaults = json.loads(path.read_text())
     else:
         schedule = "ocr" if given.get("reward", "ocr").startswith("ocr") else "geneval"
@@ -946,13 +954,13 @@ def main():
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     s = parse()
-    again = f"nothing of the finished epochs is lost: --resume {s.resume or Path('runs', s.name)}"
+    folder = Path(s.resume or Path("runs", s.name))
     try:
         train(s)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped; {again}")
-    except FloatingPointError as error:
-        raise SystemExit(f"{error}: stopped before the optimizer step; {again} (a smaller --lr may help)")
+    except (KeyboardInterrupt, FloatingPointError) as stop:
+        what = f"{stop}: stopped before the optimizer step, try a smaller --lr" if str(stop) else "stopped"
+        kept = f"; the finished epochs are kept: --resume {folder}" if (folder / "last").exists() else ""
+        raise SystemExit(what + kept) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How tiny-sd3 was made, from nothing but Pillow's built-in font.
 
-    python tiny-sd3/make.py                 # about 35 minutes on 2 CPU cores; uses a GPU when there is one
+    python tiny-sd3/make.py                 # about 15 minutes on 2 CPU cores; uses a GPU when there is one
     python tiny-sd3/make.py --parts detector recogniser
 
 Four things are trained, each on words drawn in white capitals on a coloured sign, one letter a cell:
@@ -11,7 +11,8 @@ Four things are trained, each on words drawn in white capitals on a coloured sig
   recogniser   PP-OCRv6's tiny recogniser, narrowed: what a line of text says (CTC)
 
 The transformer stops early on purpose. It then draws most letters and misspells many words, which leaves
-reinforcement learning something to do. Words held out for evaluation (`rewards.held_out`) are never drawn here.
+reinforcement learning something to do. Words held out for evaluation (`rewards.held_out`) are never drawn
+here.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PPLCNetV3Config,
@@ -41,10 +43,11 @@ FONT = ImageFont.load_default(size=17)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ----------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------- the data
 
 def draw(prompt, rng):
-    """The picture of a prompt such as `"moon" on a blue sign`: (image, boxes), a box (x0, y0, x1, y1) a letter."""
+    """The picture of a prompt such as `"moon" on a blue sign`: (image, boxes), a box (x0, y0, x1, y1) a
+    letter."""
     word, color = prompt.split('"')[1], prompt.split()[-2]
     wall = rng.randint(205, 235)
     image = Image.new("RGB", (WIDTH, HEIGHT), (wall, wall, wall - 8))
@@ -83,14 +86,15 @@ def autocast():
     return torch.autocast(DEVICE, dtype=torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------ the image model
+# -------------------------------------------------------------------------------------------- the image model
 
 def train_vae(out, seed, steps=1500, batch=32):
     """A quarter-size autoencoder. Squared error draws the letters, absolute error keeps their edges sharp."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(block_out_channels=(16, 32, 32), latent_channels=16, layers_per_block=1, norm_num_groups=8,
-                        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-                        sample_size=WIDTH, use_quant_conv=False, use_post_quant_conv=False).to(DEVICE)
+    vae = AutoencoderKL(block_out_channels=(16, 32, 32), latent_channels=16, layers_per_block=1,
+                        norm_num_groups=8, down_block_types=["DownEncoderBlock2D"] * 3,
+                        up_block_types=["UpDecoderBlock2D"] * 3, sample_size=WIDTH, use_quant_conv=False,
+                        use_post_quant_conv=False).to(DEVICE)
     _, pixels = dataset(8000, seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = warm_up_then_decay(optimizer, steps, 50)
@@ -114,7 +118,8 @@ def train_vae(out, seed, steps=1500, batch=32):
 
 
 def make_tokenizer():
-    """CLIP's tokenizer with single characters for a vocabulary, so that a model can see how a word is spelled."""
+    """CLIP's tokenizer with single characters for a vocabulary, so that a model can see how a word is
+    spelled."""
     characters = [chr(c) for c in range(33, 127)]
     tokens = ["<|startoftext|>", "<|endoftext|>"] + characters + [c + "</w>" for c in characters]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=20)
@@ -123,9 +128,10 @@ def make_tokenizer():
 def make_pipeline(vae):
     """A whole, untrained Stable Diffusion 3 around `vae`: 7.8 M parameters, 32 image tokens, no T5."""
     tokenizer = make_tokenizer()
-    text_config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                                 num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-                                 projection_dim=64, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, projection_dim=64,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1)
     transformer = SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=6, attention_head_dim=32,
         num_attention_heads=6, joint_attention_dim=128, caption_projection_dim=192, pooled_projection_dim=128,
@@ -177,7 +183,7 @@ def train_transformer(out, seed, steps=2400, stop=720, batch=96):
     pipe.save_pretrained(out)
 
 
-# ------------------------------------------------------------------------------------------- the OCR models
+# --------------------------------------------------------------------------------------------- the OCR models
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CROP_HEIGHT, CROP_WIDTH = 48, 192  # what the recogniser sees: a line of four letters just fits
@@ -316,8 +322,9 @@ PARTS = {"vae": train_vae, "transformer": train_transformer, "detector": train_d
          "recogniser": train_recogniser}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to train, in this order")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to train")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write [this one]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
