@@ -98,7 +98,7 @@ class Settings:
     # optimisation
     epochs: int = 300                   # epochs in all (0: only evaluate)
     steps_per_epoch: int = 1            # optimizer steps an epoch, each on a share of the groups
-    micro_batch: int = 8                # images in a forward and backward pass
+    micro_batch: int = 24               # images in a forward and backward pass (a group may be cut)
     lr: float = 3e-4                    # AdamW learning rate
     weight_decay: float = 1e-4          # AdamW weight decay
     max_grad_norm: float = 1.0          # gradient norm is clipped here

@@ -1059,11 +1059,11 @@ def test_the_saved_lora_gives_the_same_image_in_diffusers(tmp_path):
     torch.testing.assert_close(draw(theirs), draw(ours), rtol=0, atol=1e-3)
 
 
-def test_a_short_training_run_raises_the_reward(run):
+def test_a_short_training_run_raises_the_reward(monkeypatch, tmp_path):
     """Of held-out words, by the reward alone: there is no anchor, so no guidance is distilled."""
-    settings = {**PRESETS["tiny"], "anchor": 0.0, "lr": 1e-3, "eval_every": 100}
-    settings.pop("epochs")
-    folder = run("learn", 10, **settings)
+    monkeypatch.chdir(tmp_path)
+    short = {"name": "learn", "anchor": 0.0, "lr": 1e-3, "epochs": 10, "eval_every": 100}
+    folder = crd.train(Settings(**{**PRESETS["tiny"], **short}))
     before, after = (reward for _, reward in crd.reward_curve(folder))
     assert after > before + 0.06
 
