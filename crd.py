@@ -922,7 +922,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Settings):
-        flag, text = "--" + field.name.replace("_", "-"), f"{help_text[field.name]} [{field.default}]"
+        flag, text = "--" + field.name.replace("_", "-"), help_text[field.name]
+        text += f" [{field.default}]" if field.default != "" else ""
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif field.type is tuple:
