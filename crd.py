@@ -127,8 +127,8 @@ PRESETS = {
                 sampler_decay=(75, 0.0, 0.0075, 0.999)),
     "geneval": dict(reward="geneval"),
     "tiny": dict(model=str(HERE / "tiny-sd3"), reward=f"ocr@{HERE / 'tiny-sd3'}", prompts="signs", height=32,
-                 width=64, max_sequence_length=1, rank=16, alpha=32, groups=24, group_size=8, sample_batch=96,
-                 decode_batch=96, micro_batch=96, train_timesteps=2, epochs=40, steps_per_epoch=6, lr=1e-3,
+                 width=64, max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8, sample_batch=192,
+                 decode_batch=96, micro_batch=96, train_timesteps=2, epochs=30, steps_per_epoch=6, lr=1e-3,
                  old_decay=(0, 0.25, 0.005, 0.95), anchor_guidance=4.0, grad_checkpoint=False,
                  eval_images=512, eval_steps=10, device="cpu"),
 }
