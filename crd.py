@@ -624,7 +624,7 @@ def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, siz
     for color, (label, group) in zip(itertools.cycle(COLORS), curves.items()):
         for run in group:
             pen.line([at(*p) for p in run], fill=color, width=S)
-        mean = [(points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*group)]
+        mean = [[sum(values) / len(group) for values in zip(*points)] for points in zip(*group)]
         pen.line([at(*p) for p in mean], fill=color, width=3 * S)
         legend.append((label, color))
     for color, (label, y) in zip(reversed(COLORS), levels.items()):
@@ -645,9 +645,9 @@ def read_metrics(folder):
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
 
 
-def reward_curve(folder, split="eval"):
-    """A run's (images scored, mean reward) points, for `plot`."""
-    return [(m["images"], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
+def reward_curve(folder, split="eval", x="images"):
+    """A run's points (images scored, mean reward) for `plot`, or with x="seconds" (time spent, reward)."""
+    return [(m[x], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
 
 
 # Dense bf16 peaks by the vendor's data sheets, for the MFU.

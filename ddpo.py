@@ -88,7 +88,8 @@ class Settings:
     prompts: str = ""                   # prompt set, or a .txt or .jsonl file; without it the reward's own
     images: int = 256                   # images an epoch
     group_size: int = 1                 # images a prompt in an epoch (1: each image draws its own)
-    steps: int = 0                      # denoising steps, the actions (0: 50, or 10 for Stable Diffusion 3)
+    steps: int = 0                      # denoising steps (0: 50, or 10 for Stable Diffusion 3)
+    random_steps: int = 0               # the first are random, the rest an ODE (0: all, or SD 3 all but one)
     guidance: float = 0.0               # guidance scale, in training too (0: 5, or 4.5 for SD 3; 1: none)
     eta: float = 1.0                    # noise of DDIM's step (Stable Diffusion 1.x)
     noise_level: float = 0.7            # noise of the flow's SDE step (Stable Diffusion 3)
@@ -134,8 +135,8 @@ PRESETS = {
     # The clip is for log-probabilities averaged over 2,048 latents here, and over 16,384 in the paper.
     "tiny": dict(model=str(HERE / "tiny-sd3"), reward=f"ocr@{HERE / 'tiny-sd3'}", prompts="signs", height=32,
                  width=64, max_sequence_length=1, images=192, group_size=8, stat_min=8, guidance=1.0,
-                 batch=96, decode_batch=96, clip=1e-3, epochs=40, lr=1e-3, grad_checkpoint=False,
-                 eval_images=512, device="cpu"),
+                 random_steps=3, batch=96, decode_batch=96, clip=1e-3, lr=6e-4, epochs=60,
+                 grad_checkpoint=False, eval_images=512, device="cpu"),
 }
 
 
@@ -385,7 +386,7 @@ class StableDiffusion:
     """
 
     prefix, targets = "unet", ("to_q", "to_k", "to_v", "to_out.0")
-    steps, guidance = 50, 5.0  # unless the settings say otherwise
+    steps, guidance, ode_steps = 50, 5.0, 0  # unless the settings say otherwise
 
     def __init__(self, pipe, s, device):
         from diffusers import DDIMScheduler
@@ -433,7 +434,7 @@ class StableDiffusion3:
     prefix = "transformer"
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
                "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-    steps, guidance = 10, 4.5
+    steps, guidance, ode_steps = 10, 4.5, 1  # one, as in Flow-GRPO: there is next to no noise left in it
 
     def __init__(self, pipe, s, device):
         self.pipe, self.network, self.s, self.device = pipe, pipe.transformer, s, device
@@ -491,10 +492,15 @@ def guided(family, x, i, cond, empty, guidance):
 # --------------------------------------------------------------------------------- rollout and training steps
 
 def denoise(family, x, cond, empty, s, noise=1.0, generator=None):
-    """Walk from x_T to the image: yields every next x and the log-probability (B,) of the step to it."""
+    """Walk from x_T to the image: yields every next x and the log-probability (B,) of the step to it.
+
+    Steps after the first s.random_steps have no noise, hence no log-probability: they count as environment,
+    though the policy takes them too. What a change of it would do there is left out of the gradient.
+    """
     for i in range(s.steps):
         output = guided(family, x, i, cond, empty, s.guidance)
-        x, log_prob = family.step(output, x, i, noise=noise, generator=generator)
+        level = noise if i < s.random_steps else 0.0
+        x, log_prob = family.step(output, x, i, noise=level, generator=generator)
         yield x, log_prob
 
 
@@ -503,15 +509,18 @@ def rollout(family, noise, cond, empty, chunks, s, store, generator):
     """Draw images and keep the whole way to them. noise x_T (N, C, h, w); cond has N rows; chunks of rows are
     the batches.
 
-    Returns the trajectory (N, T + 1, C, h, w), x_T first, on the device `store`, and its steps' log p (N, T).
+    Returns the trajectory (N, T + 1, C, h, w), x_T first, on the device `store`, and log p (N, R) of its R
+    random steps.
     """
     trajectory = torch.empty(len(noise), s.steps + 1, *noise.shape[1:], device=store)
-    log_probs = torch.empty(len(noise), s.steps, device=noise.device)
+    log_probs = torch.empty(len(noise), s.random_steps, device=noise.device)
     for rows in tqdm(chunks, desc="sample", leave=False):
         trajectory[rows, 0] = noise[rows].to(store)
         walk = denoise(family, noise[rows], [t[rows] for t in cond], empty, s, generator=generator)
-        for i, (x, log_probs[rows, i]) in enumerate(walk):
+        for i, (x, log_prob) in enumerate(walk):
             trajectory[rows, i + 1] = x.to(store)
+            if i < s.random_steps:
+                log_probs[rows, i] = log_prob
     return trajectory, log_probs
 
 
@@ -545,21 +554,21 @@ def policy_gradients(family, trajectory, log_probs, advantages, cond, empty, chu
     return logs
 
 
-def regression_gradients(family, x0, weights, cond, empty, chunks, draws, s, generator):
+def regression_gradients(family, x0, weights, cond, empty, chunks, s, generator):
     """The baselines' update: the denoising loss mean w |output - target|^2 on the model's own images x0.
 
-    Each image is noised `draws` times, to one of the sampler's own levels. The output is guided if sampling
-    is, as in the authors' code. Returns what to log.
+    Each image is noised s.train_timesteps times, to one of the sampler's own levels. The output is guided if
+    sampling is, as in the authors' code. Returns what to log.
     """
     logs, count = defaultdict(float), sum(map(len, chunks))
     for rows in chunks:
         here = [t[rows] for t in cond]
-        for _ in range(draws):
+        for _ in range(s.train_timesteps):
             i = torch.randint(s.steps, (len(rows),), generator=generator, device=x0.device)
             noise = torch.randn(x0[rows].shape, generator=generator, device=x0.device)
             x, target = family.add_noise(x0[rows], noise, i)
             error = (guided(family, x, i, here, empty, s.guidance) - target).square().mean((1, 2, 3))
-            loss, share = (weights[rows] * error).mean(), len(rows) / count / draws
+            loss, share = (weights[rows] * error).mean(), len(rows) / count / s.train_timesteps
             backward(loss, share, "a denoising step")
             logs["loss"] += share * loss.item()
     return logs
@@ -584,6 +593,7 @@ def load_family(s, device):
         raise ValueError(f"it is a {kind}, none of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     s.steps, s.guidance = s.steps or family.steps, s.guidance or family.guidance
+    s.random_steps = s.random_steps or max(s.steps - family.ode_steps, 1)
     # What model_index.json holds as null must be passed as None, or from_pretrained looks for it.
     absent = {name: None for name, part in config.items()
               if isinstance(part, (list, tuple)) and part[0] is None}
@@ -734,7 +744,7 @@ def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, siz
     for color, (label, group) in zip(itertools.cycle(COLORS), curves.items()):
         for run in group:
             pen.line([at(*p) for p in run], fill=color, width=S)
-        mean = [(points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*group)]
+        mean = [[sum(values) / len(group) for values in zip(*points)] for points in zip(*group)]
         pen.line([at(*p) for p in mean], fill=color, width=3 * S)
         legend.append((label, color))
     for color, (label, y) in zip(reversed(COLORS), levels.items()):
@@ -755,9 +765,9 @@ def read_metrics(folder):
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
 
 
-def reward_curve(folder, split="eval"):
-    """A run's (images scored, mean reward) points, for `plot`."""
-    return [(m["images"], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
+def reward_curve(folder, split="eval", x="images"):
+    """A run's points (images scored, mean reward) for `plot`, or with x="seconds" (time spent, reward)."""
+    return [(m[x], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
 
 
 # Dense bf16 peaks by the vendor's data sheets, for the MFU.
@@ -878,9 +888,13 @@ def prepare(s):
         raise SystemExit(f"error: cannot load {s.model} ({cause}). If its weights are gated, accept the "
                          f"licence on https://huggingface.co/{s.model} and run `hf auth login`; or try "
                          "`python ddpo.py --preset tiny`, the bundled model") from None
-    if not 0 <= s.train_timesteps <= s.steps:
-        raise SystemExit(f"--train-timesteps {s.train_timesteps}: they are drawn from the {s.steps} of "
-                         "--steps (0: all of them)")
+    if not 1 <= s.random_steps <= s.steps:
+        raise SystemExit(f"--random-steps {s.random_steps}: they are the first of the {s.steps} of --steps")
+    train_steps = s.steps if s.algorithm.startswith("rwr") else s.random_steps
+    if not 0 <= s.train_timesteps <= train_steps:
+        raise SystemExit(f"--train-timesteps {s.train_timesteps}: there are {train_steps} to draw them from "
+                         "(0: all of them)")
+    s.train_timesteps = s.train_timesteps or train_steps
 
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")
@@ -931,7 +945,6 @@ def train(s):
     run = prepare(s)
     family, device, progress = run.family, run.family.device, run.progress
     shape, N = latent_shape(family, s), s.images
-    train_steps = s.train_timesteps or s.steps
     batches = lambda order: [share.split(s.batch) for share in order.split(N // s.updates)]  # noqa: E731
     in_order = batches(torch.arange(N))  # for each update, its images in batches
     store = trajectory_device(N * (s.steps + 1) * math.prod(shape), device)
@@ -967,12 +980,12 @@ def train(s):
             logs = []
             for chunks in tqdm(updates, desc="train", leave=False):
                 if regression:
-                    entry = regression_gradients(family, x0, weights, cond, run.empty, chunks, train_steps, s,
+                    entry = regression_gradients(family, x0, weights, cond, run.empty, chunks, s,
                                                  run.generator)
                 else:
-                    steps = torch.randperm(s.steps, generator=run.generator, device=device)[:train_steps]
+                    steps = torch.randperm(s.random_steps, generator=run.generator, device=device)
                     entry = policy_gradients(family, trajectory, log_probs, A, cond, run.empty, chunks,
-                                             steps.tolist(), s)
+                                             steps[:s.train_timesteps].tolist(), s)
                 grad_norm = nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
                 if not grad_norm.isfinite():
                     raise FloatingPointError(f"the gradient norm is {grad_norm.item()}")
@@ -1051,7 +1064,7 @@ def report(run, seconds, R, parts, logs):
     costs one more: frozen weights need no gradient); all twice with guidance. Recomputation does not count.
     """
     s = run.s
-    passes = (s.steps + 2 * (s.train_timesteps or s.steps)) * (1 + (s.guidance != 1))
+    passes = (s.steps + 2 * s.train_timesteps) * (1 + (s.guidance != 1))
     tflops = len(R) * passes * run.flops / (seconds["sample"] + seconds["train"]) / 1e12
     rate, device, epoch = len(R) / sum(seconds.values()), run.family.device, run.progress["epoch"] - 1
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

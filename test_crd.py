@@ -2058,10 +2058,10 @@ def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
     chunks = torch.arange(3).split(2)
     trajectory, log_probs = ddpo.rollout(family, noise, cond, empty, chunks, s, CPU,
                                          torch.Generator().manual_seed(0))
-    assert trajectory.shape == (3, 5, *noise.shape[1:]) and log_probs.shape == (3, 4)
-    assert torch.equal(trajectory[:, 0], noise)
+    assert trajectory.shape == (3, 5, *noise.shape[1:]) and log_probs.shape == (3, s.random_steps)
+    assert torch.equal(trajectory[:, 0], noise) and log_probs.isfinite().all()
     step = lambda: ddpo.policy_gradients(  # noqa: E731
-        family, trajectory, log_probs, torch.ones(3), cond, empty, chunks, range(4), s)
+        family, trajectory, log_probs, torch.ones(3), cond, empty, chunks, range(s.random_steps), s)
     for checkpoint in (False, True):
         if checkpoint:
             ddpo.checkpoint_blocks(ddpo.blocks_of(family.network))
@@ -2196,13 +2196,13 @@ def test_ddpos_presets_are_the_papers(flags, expected):
     assert {key: s[key] for key in expected} == expected
 
 
-@parametrize("model, algorithm, expected", [("sd1", "is", (50, 5.0, 4)), ("sd1", "sf", (50, 5.0, 1)),
-                                            ("sd3", "is", (10, 4.5, 4))])
+@parametrize("model, algorithm, expected", [("sd1", "is", (50, 50, 5.0, 4)), ("sd1", "sf", (50, 50, 5.0, 1)),
+                                            ("sd3", "is", (10, 9, 4.5, 4))])
 def test_the_family_fills_in_steps_and_guidance(tiny_sd1, model, algorithm, expected):
     s = ddpo_settings(TINY if model == "sd3" else tiny_sd1, steps=0, guidance=0.0, algorithm=algorithm)
     ddpo.validate(s)
     ddpo.load_family(s, CPU)
-    assert (s.steps, s.guidance, s.updates) == expected
+    assert (s.steps, s.random_steps, s.guidance, s.updates) == expected
 
 
 @parametrize("flags, message", [
@@ -2217,7 +2217,8 @@ def test_the_family_fills_in_steps_and_guidance(tiny_sd1, model, algorithm, expe
     ([*TOY, "--clip", "0"], "--clip 0.0: must be positive"),
     ([*TOY, "--keep", "1.5"], "--keep 1.5: .* at most 1"),
     ([*TOY, "--stat-min", "40"], "--stat-min 40: .* --stat-buffer is 32"),
-    ([*TOY, "--train-timesteps", "11"], "--train-timesteps 11: .* the 10 of --steps"),
+    ([*TOY, "--train-timesteps", "11"], "--train-timesteps 11: there are 3 to draw"),
+    ([*TOY, "--random-steps", "11"], "--random-steps 11: .* the 10 of --steps"),
     ([*TOY, "--reward", "beauty"], "unknown reward 'beauty'")])
 def test_a_users_mistake_ends_ddpo_in_one_line(monkeypatch, tmp_path, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -2295,21 +2296,31 @@ def test_ddpos_lora_gives_the_same_image_in_diffusers(tiny_sd1, tmp_path):
     assert_close(draw(theirs), draw(ours), rtol=0, atol=1e-3)
 
 
-def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(tiny_sd1):
-    """The score function, over many images, agrees with backpropagation through the whole chain."""
-    s, family, layers, _, empty = family_with_lora(tiny_sd1, dtype="fp32", algorithm="sf", height=4, width=4)
+@parametrize("random_steps", [4, 2])
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(tiny_sd1, random_steps):
+    """The score function, over many images, agrees with backpropagation through the whole chain; where an
+    ODE ends the chain, with the policy held fixed there."""
+    s, family, layers, _, empty = family_with_lora(tiny_sd1, dtype="fp32", algorithm="sf", height=4, width=4,
+                                                   random_steps=random_steps)
     cond, chunks = [e.expand(4096, *e.shape[1:]) for e in empty], [torch.arange(4096)]
     reward = lambda x0: x0[:, :3].mean((1, 2, 3))  # noqa: E731
     noise = torch.randn(4096, *ddpo.latent_shape(family, s), generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(1)
     trajectory, log_probs = ddpo.rollout(family, noise, cond, empty, chunks, s, CPU, g)
     R = reward(trajectory[:, -1])
-    ddpo.policy_gradients(family, trajectory, log_probs, R - R.mean(), cond, empty, chunks, range(s.steps), s)
-    estimate = -ddpo_gradients(layers) * s.steps * noise[0].numel()  # log p was averaged over both
+    ddpo.policy_gradients(family, trajectory, log_probs, R - R.mean(), cond, empty, chunks,
+                          range(random_steps), s)
+    estimate = -ddpo_gradients(layers) * random_steps * noise[0].numel()  # log p was averaged over both
     family.network.zero_grad()
     x = noise
+    parameters = [p for p in family.network.parameters() if p.requires_grad]
     for i in range(s.steps):
-        x, _ = family.step(ddpo.guided(family, x, i, cond, empty, s.guidance), x, i, generator=g)
+        for p in parameters:
+            p.requires_grad_(i < random_steps)
+        output = ddpo.guided(family, x, i, cond, empty, s.guidance)
+        x, _ = family.step(output, x, i, noise=float(i < random_steps), generator=g)
+    for p in parameters:
+        p.requires_grad_(True)
     reward(x).mean().backward()
     exact = ddpo_gradients(layers)
     assert torch.cosine_similarity(estimate, exact, 0) > 0.85
