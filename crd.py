@@ -73,6 +73,7 @@ class Settings:
     max_sequence_length: int = 128      # T5 tokens of a prompt
     rank: int = 32                      # LoRA rank
     alpha: float = 64                   # LoRA scale is alpha / rank
+    lora: str = ""                      # start from the LoRA in this folder, such as runs/NAME/best
 
     # rollout
     reward: str = "ocr"                 # name[@path-or-repo][:weight], joined by commas (see rewards.py)
@@ -127,10 +128,10 @@ PRESETS = {
                 sampler_decay=(75, 0.0, 0.0075, 0.999)),
     "geneval": dict(reward="geneval"),
     "tiny": dict(model=str(HERE / "tiny-sd3"), reward=f"ocr@{HERE / 'tiny-sd3'}", prompts="signs", height=32,
-                 width=64, max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8, sample_batch=192,
-                 decode_batch=96, micro_batch=96, train_timesteps=2, epochs=30, steps_per_epoch=6, lr=1e-3,
-                 old_decay=(0, 0.25, 0.005, 0.95), anchor_guidance=4.0, grad_checkpoint=False,
-                 eval_images=512, eval_steps=10, device="cpu"),
+                 width=64, max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8,
+                 sample_batch=192, decode_batch=96, micro_batch=96, train_timesteps=2, epochs=30,
+                 steps_per_epoch=6, lr=1e-3, old_decay=(0, 0.25, 0.005, 0.95), anchor_guidance=4.0,
+                 grad_checkpoint=False, eval_images=512, eval_steps=10, device="cpu"),
 }
 
 
@@ -772,6 +773,12 @@ def prepare(s):
     held_out, empty = encode(pipe, prompts, s, device), encode(pipe, [""], s, device)
     flops = count_flops(pipe.transformer, latent_shape(pipe, s), empty)
     layers = add_lora(pipe.transformer, TARGETS, s.rank, s.alpha)
+    if s.lora and not s.resume:
+        try:
+            for name in ("policy", "old", "sampler"):
+                load_lora(Path(s.lora, "pytorch_lora_weights.safetensors"), layers, name)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--lora {s.lora}: {error}") from None
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each adapter, with and without gradients
         for block in pipe.transformer.transformer_blocks:

@@ -81,6 +81,7 @@ class Settings:
     max_sequence_length: int = 128      # T5 tokens of a prompt (Stable Diffusion 3 only)
     rank: int = 16                      # LoRA rank
     alpha: float = 32                   # LoRA scale is alpha / rank
+    lora: str = ""                      # start from the LoRA in this folder, such as runs/NAME/best
 
     # rollout
     reward: str = "compressibility"     # name[@path-or-repo][:weight], joined by commas (see rewards.py)
@@ -901,6 +902,11 @@ def prepare(s):
     held_out, empty = encode(family, prompts), encode(family, [""])
     flops = count_flops(family, latent_shape(family, s), empty)
     layers = add_lora(family.network, family.targets, s.rank, s.alpha)
+    if s.lora and not s.resume:
+        try:
+            load_lora(Path(s.lora, "pytorch_lora_weights.safetensors"), layers, family.prefix)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--lora {s.lora}: {error}") from None
     blocks = blocks_of(family.network)
     if s.compile:
         for block in blocks:

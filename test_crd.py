@@ -1629,6 +1629,26 @@ def test_zero_epochs_only_evaluate(run):
     assert not list(folder.rglob("*.pt"))
 
 
+def test_a_run_starts_from_a_lora(run):
+    """Of another run, of the other algorithm too; all three adapters start there."""
+    first = run("first", 1, lr=0.01)
+    same = run("same", 0, lora="runs/first/last")
+    assert metrics(same)[0]["reward"] == metrics(first)[-1]["reward"] != metrics(first)[0]["reward"]
+    before = state(run("before", 1, lora="runs/first/last", lr=0.0))
+    found = list(before["adapters"].values())
+    assert any(x["B.old"].any() for x in found) and all(torch.equal(x["B.policy"], x["B.old"]) for x in found)
+    settings = dict(alpha=4, epochs=0, images=4, reward="incompressibility", steps=2)
+    plain, trained = (ddpo.train(ddpo_settings(TINY, **settings, name=f"ddpo-{i}", lora=lora))
+                      for i, lora in enumerate(("", "runs/first/last")))
+    assert metrics(plain)[0]["reward"] != metrics(trained)[0]["reward"]
+    for train, settings in ((crd.train, Settings(**{**SHORT, "name": "y"})),
+                            (ddpo.train, ddpo_settings(TINY))):
+        for lora, message in ((first / "last", "use the same .*--rank"), ("nowhere", "--lora nowhere: ")):
+            settings.lora, settings.rank = str(lora), 3
+            with pytest.raises(SystemExit, match=message):
+                train(settings)
+
+
 def test_a_run_that_cannot_be_resumed_says_why(run, monkeypatch):
     """One that only evaluated has nothing to go on from; another rank does not fit."""
     folder = run("look", 0)
