@@ -988,6 +988,10 @@ def parse(argv=None):
         if not path.exists():
             raise SystemExit(f"--resume {path.parent}: no {path}; give a run's folder, such as runs/NAME")
         defaults = json.loads(path.read_text())
+        if defaults.keys() - help_text.keys():
+            raise SystemExit(f"--resume {path.parent}: it is no run of crd.py")
+        if "lora" in given:
+            raise SystemExit(f"--resume {path.parent} has a LoRA of its own; --lora starts a new run")
     else:
         schedule = "ocr" if given.get("reward", "ocr").startswith("ocr") else "geneval"
         preset = given.setdefault("preset", schedule)

@@ -19,9 +19,9 @@ clipped, as in PPO. Gradients are taken one step at a time, never through the ch
 with T.
 
     for each epoch:
-        draw images with the stochastic sampler; keep x_T ... x_0 and log p_old of each step         (rollout)
+        draw images with the stochastic sampler; keep x_T ... x_0 and log p_old of its steps         (rollout)
         score them, and turn rewards into advantages                                        (PromptStatistics)
-        for each update, on its share of the images, and for each denoising step:    (policy_gradients)
+        for each update, on its share of the images, and for each random step:       (policy_gradients)
             log p of that same step under the policy as it is now                   (ddim_step, flow_sde_step)
             loss = max(-A ratio, -A clipped ratio)         (importance_sampling_loss, or score_function_loss)
 
@@ -90,7 +90,7 @@ class Settings:
     images: int = 256                   # images an epoch
     group_size: int = 1                 # images a prompt in an epoch (1: each image draws its own)
     steps: int = 0                      # denoising steps (0: 50, or 10 for Stable Diffusion 3)
-    random_steps: int = 0               # the first are random, the rest an ODE (0: all, or SD 3 all but one)
+    random_steps: int = 0               # the first are random, the rest an ODE (0: all; SD 3: all but one)
     guidance: float = 0.0               # guidance scale, in training too (0: 5, or 4.5 for SD 3; 1: none)
     eta: float = 1.0                    # noise of DDIM's step (Stable Diffusion 1.x)
     noise_level: float = 0.7            # noise of the flow's SDE step (Stable Diffusion 3)
@@ -106,7 +106,7 @@ class Settings:
     stat_min: int = 16                  # with fewer than this the batch's are used
     temperature: float = 0.2            # rwr: weights are softmax(advantage / temperature)
     keep: float = 0.1                   # rwr-sparse: share of the images that is trained on
-    train_timesteps: int = 0            # denoising steps an update trains on; rwr: noises an image (0: all)
+    train_timesteps: int = 0            # random steps an update trains on (0: all); rwr: noises an image
 
     # optimisation
     epochs: int = 100                   # epochs in all (0: only evaluate)
@@ -435,7 +435,7 @@ class StableDiffusion3:
     prefix = "transformer"
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
                "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-    steps, guidance, ode_steps = 10, 4.5, 1  # one, as in Flow-GRPO: there is next to no noise left in it
+    steps, guidance, ode_steps = 10, 4.5, 1  # no noise in the last: Flow-GRPO does not train on it
 
     def __init__(self, pipe, s, device):
         self.pipe, self.network, self.s, self.device = pipe, pipe.transformer, s, device
@@ -528,8 +528,9 @@ def rollout(family, noise, cond, empty, chunks, s, store, generator):
 def policy_gradients(family, trajectory, log_probs, advantages, cond, empty, chunks, steps, s):
     """Add the gradients of one update: on its chunks of images, one denoising step of `steps` at a time.
 
-    Returns what to log, means over images and steps: the loss, the ratio with its square, least and greatest,
-    the share of ratios beyond the clip on either side, and approx_kl, PPO's (log ratio)^2 / 2.
+    Returns what to log, means over images and steps: the loss, the ratio's excess over 1 and its square, the
+    least and greatest ratio, the share beyond the clip, and PPO's approx_kl, (log ratio)^2 / 2. The ratio is
+    the one that the loss sees, of log-probabilities averaged over the latents.
     """
     logs = defaultdict(float, ratio_min=math.inf, ratio_max=-math.inf)
     count = sum(map(len, chunks))
@@ -544,9 +545,9 @@ def policy_gradients(family, trajectory, log_probs, advantages, cond, empty, chu
             share = len(rows) / count / len(steps)
             backward(loss, share, f"denoising step {i}")
             change = log_prob.detach() - old
-            ratio = change.exp()
-            means = {"loss": loss, "ratio": ratio.mean(), "ratio_squared": ratio.square().mean(),
-                     "clip_fraction": ((ratio - 1).abs() > s.clip).float().mean(),
+            ratio, excess = change.exp(), change.expm1()  # a float32 near 1 has few digits for its deviation
+            means = {"loss": loss, "ratio_excess": excess.mean(), "excess_squared": excess.square().mean(),
+                     "clip_fraction": (excess.abs() > s.clip).float().mean(),
                      "approx_kl": change.square().mean() / 2}
             for key, value in zip(means, torch.stack([*means.values()]).tolist()):  # one wait for the GPU
                 logs[key] += share * value
@@ -860,6 +861,7 @@ def validate(s):
 
 def prepare(s):
     """Load and check all that a run needs. A user's mistake is a SystemExit of one line."""
+    given = asdict(s)  # what is 0 is filled in below, and anew where a resumed run has other flags
     validate(s)
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(s.resume or Path("runs", s.name))
@@ -884,18 +886,20 @@ def prepare(s):
 
     try:
         family = load_family(s, device)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise SystemExit(f"error: cannot take {s.model}: {error}") from error
+    except OSError as error:
         cause = str(error).strip().splitlines()[0]
         raise SystemExit(f"error: cannot load {s.model} ({cause}). If its weights are gated, accept the "
                          f"licence on https://huggingface.co/{s.model} and run `hf auth login`; or try "
                          "`python ddpo.py --preset tiny`, the bundled model") from None
     if not 1 <= s.random_steps <= s.steps:
         raise SystemExit(f"--random-steps {s.random_steps}: they are the first of the {s.steps} of --steps")
-    train_steps = s.steps if s.algorithm.startswith("rwr") else s.random_steps
-    if not 0 <= s.train_timesteps <= train_steps:
-        raise SystemExit(f"--train-timesteps {s.train_timesteps}: there are {train_steps} to draw them from "
-                         "(0: all of them)")
-    s.train_timesteps = s.train_timesteps or train_steps
+    regression = s.algorithm.startswith("rwr")
+    if s.train_timesteps > s.random_steps and not regression or s.train_timesteps < 0:
+        raise SystemExit(f"--train-timesteps {s.train_timesteps}: there are {s.random_steps} random steps to "
+                         "draw them from (0: all)")
+    s.train_timesteps = s.train_timesteps or (s.steps if regression else s.random_steps)
 
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")
@@ -930,7 +934,7 @@ def prepare(s):
     elif s.epochs:
         save(run, "last")
     if s.epochs or not s.resume:
-        text = json.dumps(asdict(s), indent=2)
+        text = json.dumps(given, indent=2)
         write_aside(folder / "args.json", lambda aside: Path(aside).write_text(text))
     if s.wandb:
         import wandb
@@ -969,7 +973,7 @@ def train(s):
             noise = torch.randn(N, *shape, generator=run.generator, device=device)
             trajectory, log_probs = rollout(family, noise, cond, run.empty, sum(in_order, ()), s, store,
                                             run.generator)
-            x0 = trajectory[:, -1].to(device)
+            x0 = trajectory[:, -1].to(device, copy=True)  # a view would keep all of the trajectory
             images = decode(family, x0, s.decode_batch)
 
         with clock("reward"):  # 2. score
@@ -1077,10 +1081,12 @@ def report(run, seconds, R, parts, logs):
     peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu and s.dtype == "bf16"), None)
     mfu = tflops / peak if peak else None
     merged = {key: sum(line[key] for line in logs) / len(logs) for key in logs[0]}
-    if "ratio" in merged:
+    if "ratio_excess" in merged:
+        excess = merged.pop("ratio_excess")
+        merged["ratio"] = 1 + excess
         merged["ratio_min"] = min(line["ratio_min"] for line in logs)
         merged["ratio_max"] = max(line["ratio_max"] for line in logs)
-        merged["ratio_std"] = max(merged.pop("ratio_squared") - merged["ratio"] ** 2, 0) ** 0.5
+        merged["ratio_std"] = max(merged.pop("excess_squared") - excess ** 2, 0) ** 0.5
         # The first update is of the policy that drew the images: anything but 0 is a bug, or another kernel.
         merged["first_ratio_error"] = max(1 - logs[0]["ratio_min"], logs[0]["ratio_max"] - 1)
     log(run, split="train", epoch=epoch, **rewards_of(run, R, parts), **merged,
@@ -1124,6 +1130,10 @@ def parse(argv=None):
         if not path.exists():
             raise SystemExit(f"--resume {path.parent}: no {path}; give a run's folder, such as runs/NAME")
         defaults = json.loads(path.read_text())
+        if defaults.keys() - help_text.keys():
+            raise SystemExit(f"--resume {path.parent}: it is no run of ddpo.py")
+        if "lora" in given:
+            raise SystemExit(f"--resume {path.parent} has a LoRA of its own; --lora starts a new run")
     else:
         by_reward = {preset["reward"]: name for name, preset in PRESETS.items()}
         preset = given.setdefault("preset", by_reward.get(given.get("reward", Settings.reward), ""))

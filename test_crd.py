@@ -1641,6 +1641,10 @@ def test_a_run_starts_from_a_lora(run):
     plain, trained = (ddpo.train(ddpo_settings(TINY, **settings, name=f"ddpo-{i}", lora=lora))
                       for i, lora in enumerate(("", "runs/first/last")))
     assert metrics(plain)[0]["reward"] != metrics(trained)[0]["reward"]
+    with pytest.raises(SystemExit, match="runs/first: it is no run of ddpo.py"):
+        ddpo.parse(["--resume", "runs/first"])
+    with pytest.raises(SystemExit, match="runs/first has a LoRA of its own"):
+        crd.parse(["--resume", "runs/first", "--lora", "runs/same/last"])
     for train, settings in ((crd.train, Settings(**{**SHORT, "name": "y"})),
                             (ddpo.train, ddpo_settings(TINY))):
         for lora, message in ((first / "last", "use the same .*--rank"), ("nowhere", "--lora nowhere: ")):
@@ -2237,7 +2241,7 @@ def test_the_family_fills_in_steps_and_guidance(tiny_sd1, model, algorithm, expe
     ([*TOY, "--clip", "0"], "--clip 0.0: must be positive"),
     ([*TOY, "--keep", "1.5"], "--keep 1.5: .* at most 1"),
     ([*TOY, "--stat-min", "40"], "--stat-min 40: .* --stat-buffer is 32"),
-    ([*TOY, "--train-timesteps", "11"], "--train-timesteps 11: there are 3 to draw"),
+    ([*TOY, "--train-timesteps", "11"], "--train-timesteps 11: there are 3 random"),
     ([*TOY, "--random-steps", "11"], "--random-steps 11: .* the 10 of --steps"),
     ([*TOY, "--reward", "beauty"], "unknown reward 'beauty'")])
 def test_a_users_mistake_ends_ddpo_in_one_line(monkeypatch, tmp_path, flags, message):
@@ -2260,6 +2264,7 @@ def test_a_ddpo_run_resumes_to_the_bit(any_model, monkeypatch, tmp_path, algorit
     go = lambda name, epochs: ddpo.train(ddpo_settings(  # noqa: E731
         any_model, name=name, epochs=epochs, eval_every=1, algorithm=algorithm, eval_noise=1.0))
     straight, stopped = go("straight", 3), go("stopped", 1)
+    assert json.loads((stopped / "args.json").read_text())["random_steps"] == 0  # as given, not filled in
     ddpo.train(ddpo.parse(["--resume", str(stopped), "--epochs", "3"]))
     assert_close(state(stopped), state(straight), rtol=0, atol=0)
     assert [m for m in metrics(stopped) if m["split"] == "train"] == [
