@@ -632,10 +632,12 @@ def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, siz
         for x in range(0, 50):
             pen.line([at(right * x / 50, y), at(right * (x + 0.6) / 50, y)], fill=color, width=2 * S)
         legend.append((label, color))
-    for i, (label, color) in enumerate(legend):
-        y = top + h - (len(legend) - i) * 24 * S
-        pen.line([(left + w - 250 * S, y), (left + w - 220 * S, y)], fill=color, width=4 * S)
-        pen.text((left + w - 212 * S, y), label, fill="black", font=font, anchor="lm")
+    wide, tall = max(font.getlength(label) for label, _ in legend) + 60 * S, len(legend) * 24 * S
+    pen.rectangle([left + 8 * S, top + 6 * S, left + 8 * S + wide, top + 6 * S + tall], fill="white")
+    for i, (label, color) in enumerate(legend):  # in the top left corner: rewards rise
+        x, y = left + 16 * S, top + 18 * S + i * 24 * S
+        pen.line([(x, y), (x + 30 * S, y)], fill=color, width=4 * S)
+        pen.text((x + 38 * S, y), label, fill="black", font=font, anchor="lm")
     write_aside(path, lambda aside: image.resize(size, Image.LANCZOS).save(aside, format="PNG"))
 
 
