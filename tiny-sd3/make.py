@@ -147,6 +147,7 @@ def train_transformer(out, seed, steps=2400, stop=720, batch=96):
     """Flow matching with the text encoders, prompts encoded by the pipeline's own `encode_prompt`."""
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(DEVICE).eval()
+    vae.register_to_config(_name_or_path="vae")  # the folder's path would go into its config
     pipe = make_pipeline(vae).to(DEVICE)
     prompts, pixels = dataset(24000, seed + 1)
     latents = []
