@@ -2096,6 +2096,18 @@ def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
     assert logs["ratio_min"] < logs["ratio_max"] and logs["approx_kl"] > 0
 
 
+def test_an_ode_ends_the_walk(any_model):
+    """After the random steps there is no noise: what was drawn is the step that nobody drew."""
+    s, family, _, cond, empty = family_with_lora(any_model, random_steps=2)
+    noise = torch.randn(3, *ddpo.latent_shape(family, s), generator=torch.Generator().manual_seed(0))
+    path, _ = ddpo.rollout(family, noise, cond, empty, [torch.arange(3)], s, CPU,
+                           torch.Generator().manual_seed(0))
+    for i in range(s.steps):
+        with torch.no_grad():
+            output = ddpo.guided(family, path[:, i], i, cond, empty, s.guidance)
+        assert torch.equal(family.step(output, path[:, i], i, noise=0.0)[0], path[:, i + 1]) == (i >= 2)
+
+
 def ddpo_gradients(layers):
     return torch.cat([p.grad.flatten() for layer in layers.values() for p in (layer.A, layer.B)])
 
