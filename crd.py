@@ -754,7 +754,8 @@ def prepare(s):
         held_out = itertools.cycle(rewards.prompts(source, "eval", s.seed))
         prompts, metadata = zip(*(rewards.read_prompt_file(s.eval_prompts) if s.eval_prompts else
                                   itertools.islice(held_out, s.eval_images)))
-        reward, judge = rewards.load(s.reward, device, s.reward_batch), load_judge(s, device)
+        reward = rewards.load(s.reward, device, s.reward_batch)
+        judge = rewards.load_unseen(s.eval_rewards, s.reward, device, s.reward_batch)
         if s.epochs:
             rewards.check(reward, source)
         for scorer in filter(None, (reward, judge)):
@@ -809,14 +810,6 @@ def prepare(s):
         import wandb
         wandb.init(project=s.wandb, name=folder.name, config=asdict(s))
     return run
-
-
-def load_judge(s, device):
-    """The rewards of --eval-rewards that are not trained on anyway, or None where that leaves none."""
-    trained = [head for *_, head in rewards.parse_spec(s.reward)]
-    items = rewards.parse_spec(s.eval_rewards) if s.eval_rewards else []
-    unseen = ",".join(head for *_, head in items if head not in trained)
-    return rewards.load(unseen, device, s.reward_batch) if unseen else None
 
 
 def train(s):

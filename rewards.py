@@ -133,6 +133,13 @@ def load(spec, device, batch=16):
     return rewards[0][1] if len(rewards) == 1 and rewards[0][0] == 1 else WeightedSum(rewards)
 
 
+def load_unseen(spec, trained, device, batch=16):
+    """The Reward of those in `spec`, which may be empty, that the spec `trained` has not; None if all are."""
+    heads = [head for *_, head in parse_spec(trained)]
+    unseen = ",".join(head for *_, head in (parse_spec(spec) if spec else []) if head not in heads)
+    return load(unseen, device, batch) if unseen else None
+
+
 def parse_spec(spec):
     """A list of (weight, name, path or None, item without its weight). ValueError if it is malformed."""
     parts = []
