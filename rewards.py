@@ -32,22 +32,29 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
 import re
+import textwrap
 import zlib
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 EVAL_SIZE = 512  # evaluation prompts, at most
 
 
 # The interface
+
+class RewardError(RuntimeError):
+    """A reward that failed, with its name and the cause, in one line."""
+
 
 class Reward:
     """Scores pictures. `range` = (lo, hi) is where they lie, used only to put them on [0, 1]: `normalize`.
@@ -75,17 +82,17 @@ class Reward:
 
     @torch.no_grad()
     def score(self, images, prompts, metadata):
-        """Rewards (B,) and their parts {name: (B,)}, float32 on the CPU. Any failure is a RuntimeError."""
+        """Rewards (B,) and their parts {name: (B,)}, float32 on the CPU. Any failure is a RewardError."""
         try:
             scores = torch.as_tensor(self.measure(images, prompts, metadata)).detach().float().cpu()
         except Exception as cause:
-            raise RuntimeError(f"reward {self.name} failed: {type(cause).__name__}: {cause}") from cause
+            raise RewardError(f"reward {self.name} failed: {type(cause).__name__}: {cause}") from cause
         if scores.shape != (len(images),):
-            raise RuntimeError(f"reward {self.name} gave scores of shape {tuple(scores.shape)} "
-                               f"for {len(images)} images")
+            raise RewardError(f"reward {self.name} gave scores of shape {tuple(scores.shape)} "
+                              f"for {len(images)} images")
         if not scores.isfinite().all():
             i = int((~scores.isfinite()).nonzero()[0])
-            raise RuntimeError(f"reward {self.name} gave {scores[i].item()} for the prompt {prompts[i]!r}")
+            raise RewardError(f"reward {self.name} gave {scores[i].item()} for the prompt {prompts[i]!r}")
         return scores, {self.name: scores}
 
     def __call__(self, images, prompts, metadata):
@@ -1417,3 +1424,161 @@ def plural(noun):
 
 PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": animal_prompts,
            "activities": activity_prompts, "geneval": geneval_prompts}
+
+
+# What a run asks for, and what it shows
+
+def load_task(args, device):
+    """What the settings of a script ask for: (reward, judge, stream, prompts, metadata).
+
+    judge: the rewards of --eval-rewards that are not trained on, or None. stream: endless training pairs
+    (prompt, metadata). prompts, metadata: the held-out ones, `eval_images` of them or all of --eval-prompts.
+    ValueError or OSError, of one line, for what cannot be loaded and for a prompt that cannot be scored.
+    """
+    source = args.prompts or default_prompts(args.reward)
+    stream = prompts(source, "train", args.seed)
+    held_out = prompts(source, "eval", args.seed)
+    texts, metadata = zip(*(read_prompt_file(args.eval_prompts) if args.eval_prompts else
+                            islice(cycle(held_out), args.eval_images)))
+    reward = load(args.reward, device, args.reward_batch)
+    judge = load_unseen(args.eval_rewards, args.reward, device, args.reward_batch)
+    if args.epochs:
+        check(reward, source)
+    for scorer in filter(None, (reward, judge)):
+        scorer.check(texts, metadata)
+    return reward, judge, stream, texts, metadata
+
+
+def summary(R, parts):
+    """What a line of metrics.jsonl says of rewards: their mean, their spread over images, and each part's."""
+    return {"reward": R.mean().item(), "reward_std": R.std(correction=0).item(),
+            **{name: part.mean().item() for name, part in parts.items()}}
+
+
+def evaluation(reward, judge, images, prompts, metadata):
+    """Score held-out images: (R (B,) of `reward`, a `summary` with judge's means, the benchmarks' tables).
+
+    A reward of `judge` that goes by a name of the trained one's has " (unseen)" after it. The tables are
+    {"geneval details": {row: value}} of what was run, often none.
+    """
+    R, parts = reward.score(images, prompts, metadata)
+    unseen = judge.score(images, prompts, metadata)[1] if judge else {}
+    unseen = {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
+    details = {f"{name} details": rows for scorer in filter(None, (reward, judge))
+               for name, rows in tables(scorer).items()}
+    return R, summary(R, {**parts, **unseen}), details
+
+
+def write_aside(path, write):
+    """Call write(aside) on a path beside `path`, then rename: a killed save leaves the previous file."""
+    aside = f"{path}.aside"
+    write(aside)
+    os.replace(aside, path)
+
+
+def contact_sheet(path, images, captions, columns=4):
+    """Images in a grid, each over its caption, small ones enlarged without smoothing."""
+    scale = max(1, 256 // images[0].width)
+    width, height = images[0].width * scale, images[0].height * scale
+    font, line = ImageFont.load_default(size=13), 18
+    captions = [textwrap.wrap(caption, width // 7)[:3] for caption in captions]
+    cell = height + line * max(map(len, captions)) + 10
+    sheet = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(zip(images, captions)):
+        x, y = i % columns * (width + 8), i // columns * cell
+        sheet.paste(image.resize((width, height), Image.NEAREST), (x, y))
+        pen.multiline_text((x + 4, y + height + 2), "\n".join(lines), fill="black", font=font)
+    write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
+
+
+LINE_COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#475569", "#dc2626")
+
+
+def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, size=(900, 560)):
+    """A line chart, drawn with Pillow: curves {label: [runs]}, a run a list of (x, y); levels {label: y}.
+
+    Several runs of one label share a color: the thin lines are the runs, the thick one is their mean.
+    """
+    runs = [run for group in curves.values() for run in group]
+    levels = levels or {}
+    ys = [y for run in runs for _, y in run] + list(levels.values())
+    low, high, right = min(ys), max(ys), max(x for run in runs for x, _ in run) or 1
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-6)))
+    step = next(step * m for m in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * m) <= 8)
+    low, high = math.floor(low / step) * step, math.ceil(high / step + 1e-9) * step
+    S = 2  # draw twice as large, then shrink: smooth lines
+    image = Image.new("RGB", (size[0] * S, size[1] * S), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=15 * S)
+    left, top, w, h = 70 * S, 20 * S, (size[0] - 100) * S, (size[1] - 80) * S
+    at = lambda x, y: (left + w * x / right, top + h * (high - y) / (high - low or 1))  # noqa: E731
+    for i in range(round((high - low) / step) + 1):
+        y = low + i * step
+        pen.line([at(0, y), at(right, y)], fill="#e2e8f0", width=S)
+        pen.text((left - 8 * S, at(0, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+    for i in range(5):
+        x = right * i / 4
+        pen.text((at(x, low)[0], top + h + 8 * S), f"{x:,.0f}", fill="black", font=font, anchor="mt")
+    caption = f"{ylabel}, against {xlabel}"
+    pen.text((left + w / 2, top + h + 32 * S), caption, fill="black", font=font, anchor="mt")
+    legend = []
+    for color, (label, group) in zip(cycle(LINE_COLORS), curves.items()):
+        for run in group:
+            pen.line([at(*p) for p in run], fill=color, width=S)
+        mean = [[sum(values) / len(group) for values in zip(*points)] for points in zip(*group)]
+        pen.line([at(*p) for p in mean], fill=color, width=3 * S)
+        legend.append((label, color))
+    for color, (label, y) in zip(reversed(LINE_COLORS), levels.items()):
+        for x in range(0, 50):
+            pen.line([at(right * x / 50, y), at(right * (x + 0.6) / 50, y)], fill=color, width=2 * S)
+        legend.append((label, color))
+    wide, tall = max(font.getlength(label) for label, _ in legend) + 60 * S, len(legend) * 24 * S
+    pen.rectangle([left + 8 * S, top + 6 * S, left + 8 * S + wide, top + 6 * S + tall], fill="white")
+    for i, (label, color) in enumerate(legend):  # in the top left corner: rewards rise
+        x, y = left + 16 * S, top + 18 * S + i * 24 * S
+        pen.line([(x, y), (x + 30 * S, y)], fill=color, width=4 * S)
+        pen.text((x + 38 * S, y), label, fill="black", font=font, anchor="lm")
+    write_aside(path, lambda aside: image.resize(size, Image.LANCZOS).save(aside, format="PNG"))
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl, a list of dicts."""
+    path = Path(folder, "metrics.jsonl")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
+
+
+def reward_curve(folder, split="eval", x="images"):
+    """A run's points (images scored, mean reward) for `plot`, or with x="seconds" (time spent, reward)."""
+    return [(m[x], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
+
+
+def show(folder, split, epoch, name, images, prompts, R, means, tables):
+    """Show an evaluation: a line on the console, the first images as a contact sheet, and the run's curve."""
+    others = "".join(f"  {key} {value:.4f}" for key, value in means.items()
+                     if key not in ("reward", "reward_std", name))
+    tqdm.write(f"epoch {epoch:4d}  held-out {name} {means['reward']:.4f}{others}")
+    for table, rows in tables.items():
+        tqdm.write(f"            {table}: " + "  ".join(f"{row} {value:.3f}" for row, value in rows.items()))
+    captions = [f"{r:.2f}  {prompt}" for r, prompt in zip(R.tolist(), prompts)]
+    sheet = "test" if split == "test" else f"epoch-{epoch:04d}"
+    contact_sheet(folder / "samples" / f"{sheet}.png", images[:16], captions[:16])
+    curves = {split: [reward_curve(folder, split)] for split in ("train", "eval")}
+    if split == "eval":
+        plot(folder / "curve.png", {split: runs for split, runs in curves.items() if runs[0]}, name)
+
+
+def rewind_metrics(folder, epoch):
+    """Take away the lines of metrics.jsonl that a run resumed at `epoch` writes again."""
+    last = {"train": epoch - 1, "eval": epoch, "test": math.inf}
+    lines = [json.dumps(m) + "\n" for m in read_metrics(folder) if m["epoch"] <= last[m["split"]]]
+    write_aside(Path(folder, "metrics.jsonl"), lambda aside: Path(aside).write_text("".join(lines)))
+
+
+def hush():
+    """Keep the loading bars and the warnings of diffusers and transformers off the console."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
