@@ -1,6 +1,6 @@
 """How tiny-sd3 was made, from nothing but Pillow's built-in font.
 
-    python tiny-sd3/make.py                 # about 15 minutes on 2 CPU cores; uses a GPU when there is one
+    python tiny-sd3/make.py             # about 15 minutes on 2 CPU cores with bf16 instructions, or on a GPU
     python tiny-sd3/make.py --parts detector recogniser
 
 Four things are trained, each on words drawn in white capitals on a coloured sign, one letter a cell:
@@ -16,6 +16,7 @@ here.
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -82,8 +83,14 @@ def warm_up_then_decay(optimizer, steps, warm_up):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
 
 
+@functools.cache
+def precision():
+    return rewards.choose_dtype(torch.device(DEVICE))
+
+
 def autocast():
-    return torch.autocast(DEVICE, dtype=torch.bfloat16)
+    """bf16 where it is fast, as --dtype auto has it; else float32."""
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision() == "bf16")
 
 
 # -------------------------------------------------------------------------------------------- the image model
