@@ -27,12 +27,11 @@ at a time, never through the chain, so that memory does not grow with T. The loo
 
 The paper's baselines, `rwr` and `rwr-sparse`, train the denoising loss on the model's own images, weighted by
 reward or on the best of them alone (regression_gradients). One loop serves UNets (Stable Diffusion 1.x, with
-DDIM's step) and Stable Diffusion 3.x (with a flow's SDE): see the two model families below.
+DDIM's step) and Stable Diffusion 3.x (with a flow's SDE): see the two model families below. Left out, to keep
+it readable: several processes (the authors train on many).
 
     python ddpo.py --preset tiny                  # the bundled toy model, on any CPU, in minutes
     python ddpo.py --reward compressibility       # Stable Diffusion 1.4 learns to compress well, on one GPU
-
-Left out, to keep it readable: several processes (the authors train on many).
 """
 
 import argparse
@@ -130,14 +129,18 @@ PRESETS = {
 
 # The mathematics: pure functions, in the order in which the loop calls them
 
-def gaussian_log_prob(x, mean, std):
-    """log N(x; mean, std^2), averaged over all but the batch dimension: (B, C, H, W) -> (B,).
+def gaussian_step(mean, std, prev=None, generator=None):
+    """The step taken and its log-probability under N(mean, std^2): (B, C, H, W) and (B,).
 
-    Averaged, not summed, over the D numbers, as in the authors' code: the ratio of two policies is then that
-    of their densities to the power of 1/D, which hardly leaves 1. The clip of 1e-4 is made for D = 16,384.
+    The step is prev (training) or drawn with `generator` (sampling). Its log-probability is averaged, not
+    summed, over the D numbers, as in the authors' code: the ratio of two policies is then that of their
+    densities to the power of 1/D, which hardly leaves 1. The clip of 1e-4 is made for D = 16,384.
     """
-    log_prob = -(x - mean).square() / (2 * std**2) - torch.log(std) - math.log(2 * math.pi) / 2
-    return log_prob.mean((1, 2, 3))
+    if prev is None:
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        prev = (mean + std * noise).detach()  # an action: log_prob's gradient must not go through it
+    log_prob = -(prev - mean).square() / (2 * std**2) - torch.log(std) - math.log(2 * math.pi) / 2
+    return prev, log_prob.mean((1, 2, 3))
 
 
 def ddim_step(output, x, t, t_prev, alphas_cumprod, eta=1.0, prev=None, prediction_type="epsilon",
@@ -147,9 +150,8 @@ def ddim_step(output, x, t, t_prev, alphas_cumprod, eta=1.0, prev=None, predicti
     (Song et al. 2021, arXiv 2010.02502, eq. 12; the variance is eta^2 times that of eq. 16.) At eta = 1 it is
     DDPM's ancestral step. Before the first timestep (t_prev < 0) the image's alpha is alphas_cumprod[0].
 
-    output: the UNet's, "epsilon" or "v_prediction"; output, x, prev (B, C, H, W); t, t_prev (B,) long;
-    alphas_cumprod (1000,). With prev the step taken is that one (training), else it is drawn with `generator`
-    (sampling). Returns x_prev and log_prob (B,), which is nan at eta = 0, where there is no density.
+    output: the UNet's, "epsilon" or "v_prediction"; output, x, prev (B, C, H, W); t, t_prev () or (B,) long;
+    alphas_cumprod (1000,). Returns x_prev and log_prob (B,), nan at eta = 0, where there is no density.
     """
     alpha = alphas_cumprod[t].view(-1, 1, 1, 1)
     alpha_prev = alphas_cumprod[t_prev.clamp(min=0)].view(-1, 1, 1, 1)
@@ -163,10 +165,7 @@ def ddim_step(output, x, t, t_prev, alphas_cumprod, eta=1.0, prev=None, predicti
         raise ValueError(f"prediction_type {prediction_type!r}: epsilon or v_prediction")
     std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
     mean = alpha_prev.sqrt() * x0 + (1 - alpha_prev - std**2).clamp(min=0).sqrt() * noise
-    if prev is None:
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        prev = (mean + std * noise).detach()  # an action: log_prob's gradient must not go through it
-    return prev, gaussian_log_prob(prev, mean, std)
+    return gaussian_step(mean, std, prev, generator)
 
 
 def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, prev=None, generator=None):
@@ -178,19 +177,15 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, prev=None
         s = noise_level sqrt(sigma / (1 - sigma)), with sigma_max, the schedule's second, below at sigma = 1
         mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt,        std = s sqrt(-dt)
 
-    At noise_level 0 it is Euler's step.
-
-    v, x, prev (B, C, H, W); sigma, sigma_next () or (B,). Returns x_prev and log_prob (B,), nan at level 0.
+    v, x, prev (B, C, H, W); sigma, sigma_next () or (B,). Returns x_prev and log_prob (B,). At noise_level 0
+    it is Euler's step, and log_prob nan.
     """
     sigma, sigma_next = sigma.view(-1, 1, 1, 1), sigma_next.view(-1, 1, 1, 1)
     dt = sigma_next - sigma
     s = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
     mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     std = s * (-dt).sqrt()
-    if prev is None:
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        prev = (mean + std * noise).detach()  # an action: log_prob's gradient must not go through it
-    return prev, gaussian_log_prob(prev, mean, std)
+    return gaussian_step(mean, std, prev, generator)
 
 
 def sample_ode(velocity, noise, sigmas, order=2):
@@ -240,10 +235,7 @@ class PromptStatistics:
 
 
 def score_function_loss(log_prob, advantages):
-    """-mean A log p, whose gradient is minus REINFORCE's. All (B,).
-
-    (Black et al. 2023, sec. 4.3, DDPO_SF.) Right only for images that this very policy drew.
-    """
+    """-mean A log p, all (B,), of images from this very policy (Black et al. 2023, sec. 4.3, DDPO_SF)."""
     return -(advantages * log_prob).mean()
 
 
@@ -264,9 +256,8 @@ def rwr_weights(advantages, temperature=0.2):
 
 def best_images(advantages, keep=0.1):
     """Indices of the best `keep` of N images, repeated to N: rwr-sparse trains on these alone."""
-    count = max(round(keep * len(advantages)), 1)
-    best = advantages.topk(count).indices
-    return best.repeat(-(-len(advantages) // count))[:len(advantages)]
+    N, count = len(advantages), max(round(keep * len(advantages)), 1)
+    return advantages.topk(count).indices[torch.arange(N) % count]
 
 
 # The algorithm
@@ -289,10 +280,9 @@ def guided(family, x, i, cond, uncond, guidance):
 def rollout(family, noise, cond, uncond, shares, args, generator):
     """Draw images from x_T = noise (N, C, h, w) and N rows of cond, in the batches that each update has, too.
 
-    The first R = args.random_steps have noise. Those after them have none, hence no log-probability: they are
-    part of the environment, though the policy takes them, too, and the gradient does not see that. Returns
-    x_0 (N, C, h, w); the states from x_T on of the random steps (N, R + 1, C, h, w), on the CPU where they
-    would take over a quarter of the GPU's free memory; and log p (N, R).
+    The first R = args.random_steps have noise. The others have none, hence no log-probability: the gradient
+    takes them for a part of the environment. Returns x_0 (N, C, h, w); the states from x_T on of the random
+    steps (N, R + 1, C, h, w), on the CPU if over a quarter of the GPU's free memory; and log p (N, R).
     """
     R, x0 = args.random_steps, torch.empty_like(noise)
     large = noise.is_cuda and 4 * (R + 1) * noise.numel() > torch.cuda.mem_get_info(noise.device)[0] / 4
@@ -388,9 +378,8 @@ def train(args):
     for adapter in ADAPTERS if args.lora else ():
         load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter, family.prefix)
     blocks = [module for module in network.modules() if type(module).__name__ in family.blocks]
-    if args.compile:
-        for block in blocks:
-            block.forward = torch.compile(block.forward)
+    for block in blocks if args.compile else ():
+        block.forward = torch.compile(block.forward)
     if args.grad_checkpoint:
         checkpoint_blocks(blocks, layers)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -398,8 +387,7 @@ def train(args):
     statistics = PromptStatistics(args.stat_buffer, args.stat_min)
     progress = {"epoch": 0, "step": 0, "prompts": 0, "images": 0, "seconds": 0.0, "best": -math.inf,
                 "best_by": [args.reward, args.prompts, args.eval_prompts, args.eval_images, args.steps,
-                            args.guidance, args.eval_order],
-                "statistics": statistics.rewards}
+                            args.guidance, args.eval_order], "statistics": statistics.rewards}
     if args.resume:
         restore(folder / args.checkpoint, layers, optimizer, generator, progress, args)
         statistics.rewards = progress["statistics"]
@@ -417,13 +405,13 @@ def train(args):
             progress["best"] = mean
             save(folder / "best", layers, optimizer, generator, progress, family.prefix)
 
-    N, K, regression = args.images, args.group_size, args.algorithm.startswith("rwr")
+    N, K, T, start = args.images, args.group_size, args.train_timesteps, progress["epoch"]
+    regression, sparse = args.algorithm.startswith("rwr"), args.algorithm == "rwr-sparse"
     in_order = torch.arange(N).split(N // args.updates)  # each update's share of the images
     if not (args.resume and args.epochs):  # a resumed run has done it
         evaluate()
     if args.epochs:
         save(folder / "last", layers, optimizer, generator, progress, family.prefix)
-    start = progress["epoch"]
     for epoch in tqdm(range(start, args.epochs), desc=folder.name, initial=start, total=args.epochs):
         clock = [time.perf_counter()]
 
@@ -444,7 +432,6 @@ def train(args):
         # 3. Improve, each update on its share of the images.
         shares, logs = in_order, []
         if regression:
-            sparse = args.algorithm == "rwr-sparse"
             weights = torch.ones_like(A) if sparse else rwr_weights(A, args.temperature)
             order = torch.randperm(N, generator=generator, device=device)
             shares = (best_images(A, args.keep)[order] if sparse else order).split(N // args.updates)
@@ -452,9 +439,8 @@ def train(args):
             if regression:
                 entry = regression_gradients(family, x0, weights, cond, uncond, share, args, generator)
             else:
-                steps = torch.randperm(args.random_steps, generator=generator, device=device)
-                entry = policy_gradients(family, states, log_probs, A, cond, uncond, share,
-                                         steps[:args.train_timesteps].tolist(), args)
+                steps = torch.randperm(args.random_steps, generator=generator, device=device)[:T].tolist()
+                entry = policy_gradients(family, states, log_probs, A, cond, uncond, share, steps, args)
             entry["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(entry["loss"] + entry["grad_norm"]):
                 raise FloatingPointError("the loss is {loss:g}, its gradient's norm {grad_norm:g}: stopped "
@@ -653,14 +639,12 @@ class StableDiffusion:
 
     def predict(self, x, i, cond):
         """The UNet's output for x_t (B, C, h, w), float32."""
-        t = self.t[i].expand(len(x))
-        return self.network(x.to(self.network.dtype), t, *cond, return_dict=False)[0].float()
+        return self.network(x.to(self.network.dtype), self.t[i], *cond, return_dict=False)[0].float()
 
     def step(self, output, x, i, prev=None, noise=1.0, generator=None):
         """x_{t-1} and its log-probability (B,); noise scales eta."""
-        t, t_prev = self.t[i].expand(len(x)), self.t_prev[i].expand(len(x))
-        return ddim_step(output, x, t, t_prev, self.alphas_cumprod, noise * self.args.eta, prev,
-                         self.prediction_type, generator)
+        return ddim_step(output, x, self.t[i], self.t_prev[i], self.alphas_cumprod, noise * self.args.eta,
+                         prev, self.prediction_type, generator)
 
     def add_noise(self, x0, noise, i):
         """x_t and what the UNet should predict there."""
@@ -705,19 +689,17 @@ class StableDiffusion3:
         return (1 - sigma) * x0 + sigma * noise, noise - x0
 
 
-FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3}
-
-
 def load_family(args, device):
     """The pretrained pipeline, frozen, as its model family with all of `args` filled in."""
     import diffusers
+    families = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3}
     dtype = {"default": {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype], "vae": torch.float32}
     try:
         config = diffusers.DiffusionPipeline.load_config(args.model)
         kind = config["_class_name"]
-        if kind not in FAMILIES:
-            raise ValueError(f"cannot take {args.model}: it is a {kind}, none of {', '.join(FAMILIES)}")
-        args = fill_in(args, FAMILIES[kind])
+        if kind not in families:
+            raise ValueError(f"cannot take {args.model}: it is a {kind}, none of {', '.join(families)}")
+        args = fill_in(args, families[kind])
         # What model_index.json holds as null must be passed as None, or from_pretrained looks for it.
         absent = {key: None for key, part in config.items() if part == [None, None]}
         if kind == "StableDiffusionPipeline":
@@ -728,7 +710,7 @@ def load_family(args, device):
         raise OSError(f"cannot load {args.model} ({str(error).strip().splitlines()[0]}). If its weights are "
                       f"gated, accept the licence on https://huggingface.co/{args.model} and run `hf auth "
                       "login`; or try `python ddpo.py --preset tiny`, the bundled model") from None
-    family = FAMILIES[kind](pipe, args, device)
+    family = families[kind](pipe, args, device)
     for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         module.requires_grad_(False).eval()
     family.network.to(device)
@@ -738,17 +720,16 @@ def load_family(args, device):
 
 def fill_in(args, family):
     """The settings with nothing left to decide: what is None is up to the algorithm and the model family."""
-    regression, steps = args.algorithm.startswith("rwr"), family.steps if args.steps is None else args.steps
+    regression, sf = args.algorithm.startswith("rwr"), args.algorithm == "sf"
+    steps = family.steps if args.steps is None else args.steps
     random_steps = max(steps - family.ode_steps, 1) if args.random_steps is None else args.random_steps
-    chosen = dict(steps=steps, random_steps=random_steps, guidance=family.guidance,
-                  updates=1 if args.algorithm == "sf" else 4,
+    chosen = dict(steps=steps, random_steps=random_steps, guidance=family.guidance, updates=1 if sf else 4,
                   train_timesteps=steps if regression else random_steps)
     args = replace(args, **{key: value for key, value in chosen.items() if getattr(args, key) is None})
     for wrong, message in (
             (args.images % math.lcm(args.updates, args.group_size),
              f"--images must be a multiple of --updates ({args.updates}) and of --group-size"),
-            (args.algorithm == "sf" and args.updates > 1, "--algorithm sf holds for the policy that drew the "
-             "images, so for --updates 1; --algorithm is takes several"),
+            (sf and args.updates > 1, "--algorithm sf needs --updates 1; --algorithm is takes several"),
             (args.random_steps > steps or args.train_timesteps > random_steps and not regression,
              f"--train-timesteps are drawn from the {random_steps} of --random-steps, the first of {steps}"),
             (args.stat_min > args.stat_buffer, "--stat-min exceeds --stat-buffer")):
@@ -760,12 +741,10 @@ def fill_in(args, family):
 @torch.no_grad()
 def encode(family, prompts):
     """N prompts to the family's conditions, N rows each. The text encoders visit the device for it."""
-    encoders = [m for name, m in family.pipe.components.items() if name.startswith("text_encoder") and m]
-    for module in encoders:
-        module.to(family.device)
+    encoders = nn.ModuleList(module for name, module in family.pipe.components.items()
+                             if name.startswith("text_encoder") and module).to(family.device)
     parts = [family.encode(list(prompts[i:i + 16])) for i in range(0, len(prompts), 16)]
-    for module in encoders:
-        module.to("cpu")
+    encoders.to("cpu")
     return [torch.cat(part) for part in zip(*parts)]
 
 
@@ -836,7 +815,7 @@ def parse(argv=None):
 
 
 def main():
-    """Train. A user's mistake ends in one line; `python -X dev crd.py` shows where it came from."""
+    """Train. A user's mistake ends in one line; `python -X dev ddpo.py` shows where it came from."""
     rewards.hush()
     stops = FloatingPointError, rewards.RewardError, KeyboardInterrupt
     try:
