@@ -612,8 +612,9 @@ def checkpoint_blocks(blocks, layers):
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: a UNet that predicts the noise, or v, and the step of DDIM.
 
-    A family says how prompts are encoded, what the network predicts, how a step is taken and, for the two
-    baselines, how an image is noised; `i`, an int or (B,), counts the sampler's steps from 0.
+    A family says what the network predicts for x (B, C, h, w), in float32; how a step is taken, with its
+    log-probability (B,), `noise` being a factor of eta or noise_level; and, for the two baselines, how an
+    image is noised and what should be predicted there. `i`, an int or (B,), counts the sampler's steps from 0.
     """
 
     prefix, target_modules = "unet", ("to_q", "to_k", "to_v", "to_out.0")
@@ -622,7 +623,7 @@ class StableDiffusion:
 
     def __init__(self, pipe, args, device):
         from diffusers import DDIMScheduler
-        self.pipe, self.network, self.args, self.device = pipe, pipe.unet, args, device
+        self.pipe, self.network, self.args, self.text_options = pipe, pipe.unet, args, {}
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(args.steps)
         self.t = scheduler.timesteps.to(device)
@@ -633,25 +634,17 @@ class StableDiffusion:
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
         self.prediction_type = scheduler.config.prediction_type
 
-    def encode(self, prompts):
-        """Embeddings (N, L, D)."""
-        return (self.pipe.encode_prompt(prompts, self.device, 1, False)[0],)
-
     def predict(self, x, i, cond):
-        """The UNet's output for x_t (B, C, h, w), float32."""
         return self.network(x.to(self.network.dtype), self.t[i], *cond, return_dict=False)[0].float()
 
     def step(self, output, x, i, prev=None, noise=1.0, generator=None):
-        """x_{t-1} and its log-probability (B,); noise scales eta."""
         return ddim_step(output, x, self.t[i], self.t_prev[i], self.alphas_cumprod, noise * self.args.eta,
                          prev, self.prediction_type, generator)
 
     def add_noise(self, x0, noise, i):
-        """x_t and what the UNet should predict there."""
         alpha = self.alphas_cumprod[self.t[i]].view(-1, 1, 1, 1)
-        x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        v = alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
-        return x, noise if self.prediction_type == "epsilon" else v
+        a, b = alpha.sqrt(), (1 - alpha).sqrt()
+        return a * x0 + b * noise, noise if self.prediction_type == "epsilon" else a * noise - b * x0
 
 
 class StableDiffusion3:
@@ -663,39 +656,31 @@ class StableDiffusion3:
     steps, guidance, ode_steps = 10, 4.5, 1  # no noise in the last: Flow-GRPO does not train on it
 
     def __init__(self, pipe, args, device):
-        self.pipe, self.network, self.args, self.device = pipe, pipe.transformer, args, device
+        self.pipe, self.network, self.args = pipe, pipe.transformer, args
+        self.text_options = dict(prompt_2=None, prompt_3=None, max_sequence_length=args.max_sequence_length)
         pipe.scheduler.set_timesteps(args.steps)
         self.sigmas = pipe.scheduler.sigmas.to(device, torch.float32)
 
-    def encode(self, prompts):
-        """Embeddings (N, L, D) and pooled embeddings (N, P)."""
-        parts = self.pipe.encode_prompt(prompts, None, None, self.device, do_classifier_free_guidance=False,
-                                        max_sequence_length=self.args.max_sequence_length)
-        return parts[0], parts[2]
-
     def predict(self, x, i, cond):
-        """The velocity at x_sigma (B, C, h, w), float32."""
         timestep = 1000 * self.sigmas[i].expand(len(x))
         return self.network(x.to(self.network.dtype), *cond, timestep, return_dict=False)[0].float()
 
     def step(self, output, x, i, prev=None, noise=1.0, generator=None):
-        """The next x and its log-probability (B,); noise scales noise_level."""
         return flow_sde_step(output, x, self.sigmas[i], self.sigmas[i + 1], self.sigmas[1],
                              noise * self.args.noise_level, prev, generator)
 
     def add_noise(self, x0, noise, i):
-        """x_sigma and the velocity there."""
         sigma = self.sigmas[i].view(-1, 1, 1, 1)
         return (1 - sigma) * x0 + sigma * noise, noise - x0
 
 
 def load_family(args, device):
     """The pretrained pipeline, frozen, as its model family with all of `args` filled in."""
-    import diffusers
+    from diffusers import DiffusionPipeline
     families = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3}
     dtype = {"default": {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype], "vae": torch.float32}
     try:
-        config = diffusers.DiffusionPipeline.load_config(args.model)
+        config = DiffusionPipeline.load_config(args.model)
         kind = config["_class_name"]
         if kind not in families:
             raise ValueError(f"cannot take {args.model}: it is a {kind}, none of {', '.join(families)}")
@@ -704,8 +689,7 @@ def load_family(args, device):
         absent = {key: None for key, part in config.items() if part == [None, None]}
         if kind == "StableDiffusionPipeline":
             absent |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        load = getattr(diffusers, kind).from_pretrained
-        pipe = load(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
+        pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
     except OSError as error:
         raise OSError(f"cannot load {args.model} ({str(error).strip().splitlines()[0]}). If its weights are "
                       f"gated, accept the licence on https://huggingface.co/{args.model} and run `hf auth "
@@ -740,12 +724,18 @@ def fill_in(args, family):
 
 @torch.no_grad()
 def encode(family, prompts):
-    """N prompts to the family's conditions, N rows each. The text encoders visit the device for it."""
-    encoders = nn.ModuleList(module for name, module in family.pipe.components.items()
-                             if name.startswith("text_encoder") and module).to(family.device)
-    parts = [family.encode(list(prompts[i:i + 16])) for i in range(0, len(prompts), 16)]
+    """N prompts to embeddings (N, L, D) and, for Stable Diffusion 3, pooled ones (N, P), in a list.
+
+    The text encoders visit the device for it.
+    """
+    pipe, device = family.pipe, family.pipe.vae.device
+    encoders = nn.ModuleList(module for name, module in pipe.components.items()
+                             if name.startswith("text_encoder") and module).to(device)
+    parts = [pipe.encode_prompt(list(prompts[i:i + 16]), device=device, num_images_per_prompt=1,
+                                do_classifier_free_guidance=False, **family.text_options)
+             for i in range(0, len(prompts), 16)]
     encoders.to("cpu")
-    return [torch.cat(part) for part in zip(*parts)]
+    return [torch.cat(part) for part in zip(*parts) if part[0] is not None]  # the negative ones are None
 
 
 @torch.no_grad()
