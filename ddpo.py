@@ -155,12 +155,11 @@ def ddim_step(output, x, t, t_prev, alphas_cumprod, eta=1.0, prev=None, predicti
     """
     alpha = alphas_cumprod[t].view(-1, 1, 1, 1)
     alpha_prev = alphas_cumprod[t_prev.clamp(min=0)].view(-1, 1, 1, 1)
+    a, b = alpha.sqrt(), (1 - alpha).sqrt()  # x = a x0 + b noise
     if prediction_type == "epsilon":
-        noise = output
-        x0 = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        x0, noise = (x - b * output) / a, output
     elif prediction_type == "v_prediction":
-        noise = alpha.sqrt() * output + (1 - alpha).sqrt() * x
-        x0 = alpha.sqrt() * x - (1 - alpha).sqrt() * output
+        x0, noise = a * x - b * output, a * output + b * x
     else:
         raise ValueError(f"prediction_type {prediction_type!r}: epsilon or v_prediction")
     std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
@@ -184,8 +183,7 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, prev=None
     dt = sigma_next - sigma
     s = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
     mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-    std = s * (-dt).sqrt()
-    return gaussian_step(mean, std, prev, generator)
+    return gaussian_step(mean, s * (-dt).sqrt(), prev, generator)
 
 
 def sample_ode(velocity, noise, sigmas, order=2):
@@ -310,18 +308,17 @@ def policy_gradients(family, states, log_probs, advantages, cond, uncond, share,
     for rows in share.split(args.micro_batch):
         here, A = [t[rows] for t in cond], advantages[rows]
         for i in steps:
-            x, prev = states[rows, i].to(A.device), states[rows, i + 1].to(A.device)
+            x, prev, old = states[rows, i].to(A.device), states[rows, i + 1].to(A.device), log_probs[rows, i]
             log_prob = family.step(guided(family, x, i, here, uncond, args.guidance), x, i, prev)[1]
-            old = log_probs[rows, i]
             loss = (score_function_loss(log_prob, A) if args.algorithm == "sf" else
                     importance_sampling_loss(log_prob, old, A, args.clip))
             weight = len(rows) / len(share) / len(steps)
             (weight * loss).backward()
             change = log_prob.detach() - old
             error = change.expm1().abs()  # |ratio - 1|; a float32 near 1 has few digits for it
-            means = loss, change.square().mean() / 2, (error > args.clip).float().mean()
-            for key, value in zip(logs, means):
-                logs[key] += weight * value.item()
+            logs["loss"] += weight * loss.item()
+            logs["approx_kl"] += weight * change.square().mean().item() / 2
+            logs["clip_fraction"] += weight * (error > args.clip).float().mean().item()
             logs["ratio_error"] = max(logs["ratio_error"], error.max().item())
     return logs
 
@@ -612,9 +609,9 @@ def checkpoint_blocks(blocks, layers):
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: a UNet that predicts the noise, or v, and the step of DDIM.
 
-    A family says what the network predicts for x (B, C, h, w), in float32; how a step is taken, with its
-    log-probability (B,), `noise` being a factor of eta or noise_level; and, for the two baselines, how an
-    image is noised and what should be predicted there. `i`, an int or (B,), counts the sampler's steps from 0.
+    A family says what the network predicts for x (B, C, h, w), in float32; how a step is taken, and its
+    log-probability (B,), where `noise` scales eta or noise_level; and, for the two baselines, how an image is
+    noised and what should be predicted for it. `i`, an int or (B,), counts the sampler's steps from 0.
     """
 
     prefix, target_modules = "unet", ("to_q", "to_k", "to_v", "to_out.0")
