@@ -5,18 +5,16 @@ sampler as a policy. Denoising is a Markov decision process of T steps,
 
     state (c, t, x_t)        action x_{t-1}        reward r(x_0, c) after the last step, 0 before it
 
-and the policy is the sampler's own step, a Gaussian: p(x_{t-1} | x_t, c) = N(mean(x_t, t, c), std_t^2). The
-likelihood of an image cannot be computed; that of each step to it is exact, and a policy gradient needs no
-more. Up to a constant factor,
+and the policy is the sampler's own step, a Gaussian: p(x_{t-1} | x_t, c) = N(mean(x_t, t, c), std_t^2). An
+image's likelihood is intractable; that of each step is exact, and suffices. Up to a constant factor,
 
     grad E[r] = E_p[ sum_t A grad log p(x_{t-1} | x_t, c) ]             the score function estimator, `sf`
               ~ E_old[ sum_t A grad (p / p_old)(x_{t-1} | x_t, c) ]     importance sampling, `is`
 
-A is the advantage: the reward less the prompt's mean, over its standard deviation. p_old is the policy at the
-start of the epoch, which draws the images. `sf` holds while it still is the policy, so it allows one update
-for an epoch's images. `is` weighs each step by how much more likely it has become since, and so allows
-several; clipping, as in PPO, stops what pushes a ratio p / p_old further from 1. Gradients are taken one step
-at a time, never through the chain, so that memory does not grow with T. The loop, in `train`:
+A is the advantage: the reward less the prompt's mean, over its standard deviation. p_old, the policy at the
+start of the epoch, draws the images. `sf` holds while that still is the policy, so it allows one update; `is`
+weighs a step by how much likelier it has become, and allows several. Clipping, as in PPO, stops what pushes a
+ratio further from 1. No gradient passes through the chain: memory does not grow with T. The loop, in `train`:
 
     for each epoch:
         draw images by stochastic steps; keep their states and log p_old of each step                (rollout)
@@ -26,9 +24,8 @@ at a time, never through the chain, so that memory does not grow with T. The loo
             is: max(-A ratio, -A clipped ratio), sf: -A log p  (importance_sampling_loss, score_function_loss)
 
 The paper's baselines, `rwr` and `rwr-sparse`, train the denoising loss on the model's own images, weighted by
-reward or on the best of them alone (regression_gradients). One loop serves UNets (Stable Diffusion 1.x, with
-DDIM's step) and Stable Diffusion 3.x (with a flow's SDE): see the two model families below. Left out, to keep
-it readable: several processes (the authors train on many).
+reward or on the best alone (regression_gradients). One loop serves UNets (Stable Diffusion 1.x, with DDIM's
+step) and Stable Diffusion 3.x (with a flow's SDE). Left out: several processes (the authors train on many).
 
     python ddpo.py --preset tiny                  # the bundled toy model, on any CPU, in minutes
     python ddpo.py --reward compressibility       # Stable Diffusion 1.4 learns to compress well, on one GPU
@@ -130,11 +127,10 @@ PRESETS = {
 # The mathematics: pure functions, in the order in which the loop calls them
 
 def gaussian_step(mean, std, prev=None, generator=None):
-    """The step taken and its log-probability under N(mean, std^2): (B, C, H, W) and (B,).
+    """The step, prev or else drawn, (B, C, H, W), and its log-probability under N(mean, std^2), (B,).
 
-    The step is prev (training) or drawn with `generator` (sampling). Its log-probability is averaged, not
-    summed, over the D numbers, as in the authors' code: the ratio of two policies is then that of their
-    densities to the power of 1/D, which hardly leaves 1. The clip of 1e-4 is made for D = 16,384.
+    That is averaged, not summed, over the D numbers, as in the authors' code: the ratio of two policies is
+    that of their densities to the power of 1/D, and hardly leaves 1. The clip of 1e-4 is made for D = 16,384.
     """
     if prev is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -149,12 +145,10 @@ def ddim_step(output, x, t, t_prev, alphas_cumprod, eta=1.0, prev=None, predicti
 
     (Song et al. 2021, arXiv 2010.02502, eq. 12; the variance is eta^2 times that of eq. 16.) At eta = 1 it is
     DDPM's ancestral step. Before the first timestep (t_prev < 0) the image's alpha is alphas_cumprod[0].
-
-    output: the UNet's, "epsilon" or "v_prediction"; output, x, prev (B, C, H, W); t, t_prev () or (B,) long;
-    alphas_cumprod (1000,). Returns x_prev and log_prob (B,), nan at eta = 0, where there is no density.
+    output, x, prev (B, C, H, W); t, t_prev () or (B,) long; alphas_cumprod (1000,). Returns x_prev and
+    log_prob (B,), nan at eta = 0, where there is no density. ValueError for an unknown prediction_type.
     """
-    alpha = alphas_cumprod[t].view(-1, 1, 1, 1)
-    alpha_prev = alphas_cumprod[t_prev.clamp(min=0)].view(-1, 1, 1, 1)
+    alpha, alpha_prev = (alphas_cumprod[i.clamp(min=0)].view(-1, 1, 1, 1) for i in (t, t_prev))
     a, b = alpha.sqrt(), (1 - alpha).sqrt()  # x = a x0 + b noise
     if prediction_type == "epsilon":
         x0, noise = (x - b * output) / a, output
@@ -176,11 +170,9 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, prev=None
         s = noise_level sqrt(sigma / (1 - sigma)), with sigma_max, the schedule's second, below at sigma = 1
         mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt,        std = s sqrt(-dt)
 
-    v, x, prev (B, C, H, W); sigma, sigma_next () or (B,). Returns x_prev and log_prob (B,). At noise_level 0
-    it is Euler's step, and log_prob nan.
+    v, x, prev (B, C, H, W); sigmas () or (B,). Returns x_prev and log_prob (B,), nan at s = 0, Euler's step.
     """
-    sigma, sigma_next = sigma.view(-1, 1, 1, 1), sigma_next.view(-1, 1, 1, 1)
-    dt = sigma_next - sigma
+    sigma, dt = sigma.view(-1, 1, 1, 1), (sigma_next - sigma).view(-1, 1, 1, 1)
     s = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
     mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     return gaussian_step(mean, s * (-dt).sqrt(), prev, generator)
@@ -217,8 +209,8 @@ class PromptStatistics:
     `minimum`, the mean and deviation of all of the epoch's stand in. So no image is praised for its prompt.
     """
 
-    def __init__(self, buffer=32, minimum=16):
-        self.buffer, self.minimum, self.rewards = buffer, minimum, {}
+    def __init__(self, buffer=32, minimum=16, rewards=None):
+        self.buffer, self.minimum, self.rewards = buffer, minimum, {} if rewards is None else rewards
 
     def advantages(self, prompts, rewards, clip=5.0):
         """prompts: N str; rewards (N,), remembered from now on. Returns (N,), within plus and minus clip."""
@@ -275,7 +267,7 @@ def guided(family, x, i, cond, uncond, guidance):
 
 
 @torch.no_grad()
-def rollout(family, noise, cond, uncond, shares, args, generator):
+def rollout(family, noise, cond, uncond, shares, args, generator=None):
     """Draw images from x_T = noise (N, C, h, w) and N rows of cond, in the batches that each update has, too.
 
     The first R = args.random_steps have noise. The others have none, hence no log-probability: the gradient
@@ -326,8 +318,7 @@ def policy_gradients(family, states, log_probs, advantages, cond, uncond, share,
 def regression_gradients(family, x0, weights, cond, uncond, share, args, generator):
     """The baselines' update: the denoising loss mean w |output - target|^2 on the model's own images x0.
 
-    Each image is noised args.train_timesteps times, to one of the sampler's own levels. The output is guided
-    if sampling is, as in the authors' code. Returns what to log.
+    Each is noised args.train_timesteps times, to levels of the sampler, and guided as there (authors' code).
     """
     total = 0.0
     for rows in share.split(args.micro_batch):
@@ -346,16 +337,13 @@ def regression_gradients(family, x0, weights, cond, uncond, share, args, generat
 @torch.no_grad()
 def generate(family, noise, cond, uncond, args):
     """Draw images to evaluate, without noise: x_T (N, C, h, w) to x_0, of a flow by --eval-order."""
-    latents = []
-    for rows in tqdm(torch.arange(len(noise)).split(args.micro_batch), desc="evaluate", leave=False):
-        x, here, count = noise[rows], [t[rows] for t in cond], itertools.count()
-        predict = lambda x, i: guided(family, x, i, here, uncond, args.guidance)  # noqa: E731, B023
-        if family.sigmas is not None:
-            x = sample_ode(lambda x, sigma: predict(x, next(count)), x, family.sigmas, args.eval_order)
-        else:
-            for i in range(args.steps):
-                x, _ = family.step(predict(x, i), x, i, noise=0.0)
-        latents.append(x)
+    batches, latents = torch.arange(len(noise)).split(args.micro_batch), []
+    if family.sigmas is None:
+        return rollout(family, noise, cond, uncond, batches, replace(args, random_steps=0))[0]
+    for rows in tqdm(batches, desc="evaluate", leave=False):
+        here, i = [t[rows] for t in cond], itertools.count()
+        velocity = lambda x, sigma: guided(family, x, next(i), here, uncond, args.guidance)  # noqa
+        latents.append(sample_ode(velocity, noise[rows], family.sigmas, args.eval_order))
     return torch.cat(latents)
 
 
@@ -371,8 +359,9 @@ def train(args):
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)  # for all but LoRA, prompts, evaluations
     held_out_cond, uncond = encode(family, held_out), encode(family, [""])
-    layers = add_lora(network, family.target_modules, args.rank, args.alpha, ADAPTERS)
-    for adapter in ADAPTERS if args.lora else ():
+    adapters = "policy", "ema"  # one learns, the other is its moving average, which is judged and saved
+    layers = add_lora(network, family.target_modules, args.rank, args.alpha, adapters)
+    for adapter in adapters if args.lora else ():
         load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter, family.prefix)
     blocks = [module for module in network.modules() if type(module).__name__ in family.blocks]
     for block in blocks if args.compile else ():
@@ -381,14 +370,13 @@ def train(args):
         checkpoint_blocks(blocks, layers)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), 1e-8, args.weight_decay)
-    statistics = PromptStatistics(args.stat_buffer, args.stat_min)
     progress = {"epoch": 0, "step": 0, "prompts": 0, "images": 0, "seconds": 0.0, "best": -math.inf,
                 "best_by": [args.reward, args.prompts, args.eval_prompts, args.eval_images, args.steps,
-                            args.guidance, args.eval_order], "statistics": statistics.rewards}
+                            args.guidance, args.eval_order], "statistics": {}}
     if args.resume:
         restore(folder / args.checkpoint, layers, optimizer, generator, progress, args)
-        statistics.rewards = progress["statistics"]
         stream = itertools.islice(stream, progress["prompts"], None)
+    statistics = PromptStatistics(args.stat_buffer, args.stat_min, progress["statistics"])
     if args.epochs or not args.resume:
         rewards.write_aside(folder / "args.json", json.dumps(asdict(given), indent=2))
 
@@ -464,9 +452,6 @@ def train(args):
 
 
 # LoRA and gradient checkpointing, by hand
-
-ADAPTERS = ("policy", "ema")  # one learns, the other is its moving average, which is judged and saved
-
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus one of several low-rank updates: y = W x + (alpha / rank) B A x.
@@ -683,9 +668,8 @@ def load_family(args, device):
             raise ValueError(f"cannot take {args.model}: it is a {kind}, none of {', '.join(families)}")
         args = fill_in(args, families[kind])
         # What model_index.json holds as null must be passed as None, or from_pretrained looks for it.
-        absent = {key: None for key, part in config.items() if part == [None, None]}
-        if kind == "StableDiffusionPipeline":
-            absent |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        absent = {key: None for key, part in config.items()
+                  if part == [None, None] or key in ("safety_checker", "feature_extractor")}  # not used here
         pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
     except OSError as error:
         raise OSError(f"cannot load {args.model} ({str(error).strip().splitlines()[0]}). If its weights are "
@@ -721,10 +705,7 @@ def fill_in(args, family):
 
 @torch.no_grad()
 def encode(family, prompts):
-    """N prompts to embeddings (N, L, D) and, for Stable Diffusion 3, pooled ones (N, P), in a list.
-
-    The text encoders visit the device for it.
-    """
+    """N prompts to [embeddings (N, L, D), SD 3: pooled (N, P)]. The text encoders visit the device for it."""
     pipe, device = family.pipe, family.pipe.vae.device
     encoders = nn.ModuleList(module for name, module in pipe.components.items()
                              if name.startswith("text_encoder") and module).to(device)
@@ -742,8 +723,6 @@ def decode(family, latents, batch):
     return [image for z in latents.split(batch) for image in pipe.image_processor.postprocess(
         pipe.vae.decode(z / config.scaling_factor + (config.shift_factor or 0)).sample)]
 
-
-# Save, resume, and the command line
 
 def save(folder, layers, optimizer, generator, progress, prefix="transformer"):
     """A checkpoint, runs/NAME/last or best: the averaged LoRA for diffusers, and all that --resume needs."""
