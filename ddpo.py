@@ -145,8 +145,8 @@ def ddim_step(output, x, t, t_prev, alphas_cumprod, eta=1.0, prev=None, predicti
 
     (Song et al. 2021, arXiv 2010.02502, eq. 12; the variance is eta^2 times that of eq. 16.) At eta = 1 it is
     DDPM's ancestral step. Before the first timestep (t_prev < 0) the image's alpha is alphas_cumprod[0].
-    output, x, prev (B, C, H, W); t, t_prev () or (B,) long; alphas_cumprod (1000,). Returns x_prev and
-    log_prob (B,), nan at eta = 0, where there is no density. ValueError for an unknown prediction_type.
+    output, an "epsilon" or a "v_prediction", x, prev (B, C, H, W); t, t_prev () or (B,) long; alphas_cumprod
+    (1000,). Returns x_prev and log_prob (B,), nan at eta = 0 (no density). ValueError for other predictions.
     """
     alpha, alpha_prev = (alphas_cumprod[i.clamp(min=0)].view(-1, 1, 1, 1) for i in (t, t_prev))
     a, b = alpha.sqrt(), (1 - alpha).sqrt()  # x = a x0 + b noise
@@ -318,7 +318,7 @@ def policy_gradients(family, states, log_probs, advantages, cond, uncond, share,
 def regression_gradients(family, x0, weights, cond, uncond, share, args, generator):
     """The baselines' update: the denoising loss mean w |output - target|^2 on the model's own images x0.
 
-    Each is noised args.train_timesteps times, to levels of the sampler, and guided as there (authors' code).
+    Each is noised args.train_timesteps times, to the sampler's levels, with its guidance, as the authors do.
     """
     total = 0.0
     for rows in share.split(args.micro_batch):
