@@ -724,6 +724,8 @@ def decode(family, latents, batch):
         pipe.vae.decode(z / config.scaling_factor + (config.shift_factor or 0)).sample)]
 
 
+# Save, resume, and the command line
+
 def save(folder, layers, optimizer, generator, progress, prefix="transformer"):
     """A checkpoint, runs/NAME/last or best: the averaged LoRA for diffusers, and all that --resume needs."""
     adapters = {name: {key: value for key, value in layer.state_dict().items() if not key.startswith("base.")}
