@@ -22,6 +22,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 
@@ -169,19 +170,17 @@ def write_lora(path, layers, prefix="transformer", **config):
 
 
 def test_saved_lora_comes_back(tmp_path):
-    """Into another model, of another alpha: the same function, in any adapter. A file of diffusers is as
-    strong as the lora_alpha / r in its metadata. Other shapes and layers, and more than that, are refused."""
-    model, path = small_transformer(), tmp_path / "lora.safetensors"
-    layers, expected = with_lora(model), predict(model)
-    for write, adapter in ((crd.save_lora, "sampler"),
-                           (functools.partial(write_lora, r=2, lora_alpha=6), "policy")):
-        other = small_transformer()
-        fresh = crd.add_lora(other, TARGET_MODULES, 2, 5, ADAPTERS)
-        write(path, layers)
-        crd.load_lora(path, fresh, adapter)
-        for name, output in ((adapter, expected), ("old", predict(small_transformer()))):
-            with crd.use_adapter(fresh, name):
-                assert_close(predict(other), output, rtol=1e-5, atol=1e-6)
+    """Into another model, of another alpha: the same function, in any adapter, the others as they were. Other
+    shapes and layers are refused, and what is more than a plain LoRA."""
+    path, model, other = tmp_path / "lora.safetensors", small_transformer(), small_transformer()
+    layers = with_lora(model)
+    expected, plain = predict(model), predict(other)
+    fresh = crd.add_lora(other, TARGET_MODULES, 2, 5, ADAPTERS)
+    crd.save_lora(path, layers)
+    crd.load_lora(path, fresh, "sampler")
+    for name, output in (("sampler", expected), ("old", plain)):
+        with crd.use_adapter(fresh, name):
+            assert_close(predict(other), output, rtol=1e-5, atol=1e-6)
     for targets, rank, config in ((TARGET_MODULES, 3, {}), (TARGET_MODULES[:2], 2, {}), *(
             (TARGET_MODULES, 2, {key: {"x": 3}}) for key in ("use_rslora", "use_dora", "alpha_pattern",
                                                              "rank_pattern"))):
@@ -192,34 +191,27 @@ def test_saved_lora_comes_back(tmp_path):
 
 # Checkpointing
 
-@in_both
-@parametrize("returns", [lambda y: y, lambda y: (None, y), lambda y: (y.sin(), None, y)])
-def test_checkpointing_changes_memory_not_gradients(script, returns):
+@parametrize("returns", [lambda y: y, lambda y: (y.sin(), None, y)])
+def test_checkpointing_changes_memory_not_gradients(returns):
     """Of a block that returns a tensor, or a tuple with None in it, and takes tensors by keyword. It is run
     again with the adapter of its forward pass, though another is active by then."""
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.to_q = torch.nn.Linear(4, 4)
-
-        def forward(self, x, factor, shift=None, mask=None):
-            return returns((factor * self.to_q(x) + shift).sin().exp().tanh())
+    block, x = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)}), torch.randn(2, 1000, 4).requires_grad_()
+    block.forward = lambda x, k, shift, mask: returns((k * block["to_q"](x) + shift).sin().exp().tanh())
+    layers = trained(crd.add_lora(block, ["to_q"], 2, 4))
 
     def run():
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda x: sizes.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
-            outputs = block(inputs[0], 2.0, shift=inputs[1], mask=None)
+                lambda t: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            outputs = block(x[0], 2.0, shift=x[1], mask=None)
         outputs = [y for y in (outputs if isinstance(outputs, tuple) else [outputs]) if y is not None]
-        with script.use_adapter(layers, None):
-            grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), [inputs, *policy(layers)])
+        with crd.use_adapter(layers, None):
+            grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *policy(layers)])
             assert {layer.active for layer in layers.values()} == {None}
         return (outputs, grads), sum(sizes.values())
 
-    block, inputs = Block(), torch.randn(2, 1000, 4).requires_grad_()
-    layers = trained(script.add_lora(block, ["to_q"], 2, 4))
     expected, plain = run()
-    script.checkpoint_blocks([block], layers)
+    crd.checkpoint_blocks([block], layers)
     found, size = run()
     assert size < plain / 2
     assert_close(found, expected)
@@ -235,8 +227,7 @@ def gaussian_velocity(x, sigma, mean, std):
 
 @parametrize("order, ratio, bound", [(1, 2, 2e-2), (2, 4, 2e-4)])
 def test_sample_ode_converges_to_the_exact_solution(order, ratio, bound):
-    """N(0.7, 1) data: noise z ends at 0.7 + z; twice the steps, half or (but for a log) a quarter error. And
-    at first order a step is x + (t - s) v(x, s), on uneven sigmas too, which must descend to 0."""
+    """N(0.7, 1) data: noise z ends at 0.7 + z; twice the steps, half or (but for a log) a quarter error."""
     noise = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=seeded())
 
     def error(steps):
@@ -246,10 +237,6 @@ def test_sample_ode_converges_to_the_exact_solution(order, ratio, bound):
 
     assert error(160) < bound
     assert error(160) / error(320) == pytest.approx(ratio, rel=0.1)
-    x, sigmas = noise, torch.tensor([1.0, 0.8, 0.3, 0.0], dtype=torch.float64)
-    for s, t in itertools.pairwise(sigmas):
-        x = x + (t - s) * torch.sin(3 * x + s)
-    assert_close(crd.sample_ode(lambda x, s: torch.sin(3 * x + s), noise, sigmas, 1), x)
     for wrong in ([1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [0.5, 1.0, 0.0]):
         with pytest.raises(ValueError, match="must descend to 0"):
             crd.sample_ode(lambda x, s: x, noise, torch.tensor(wrong))
@@ -317,8 +304,8 @@ def loss_and_gradient(rho, targets, **settings):
 @parametrize("beta, clip", [(1.0, 5.0), (0.7, 2.0)])
 def test_crd_loss_regresses_rho_on_the_reward(beta, clip, tau):
     """Z(c) cancels: a constant for a prompt, in its rewards or its log-ratios, changes no loss, no gradient.
-    It is the gradient of the squares, rho's mean held still; with the plain mean that changes nothing, at
-    rho = 0 it is -A / N, and it is gone where beta rho, centered, is s."""
+    It is the gradient of the squares, rho's mean held still; with the plain mean that changes nothing, and
+    at rho = 0 it is -A / N."""
     settings, targets = dict(beta=beta, clip=clip, tau=tau), crd.reward_targets(REWARDS, 4, clip)
     loss, gradient = loss_and_gradient(RHO, targets, **settings)
     offset = torch.tensor([0.0] * 4 + [0.3] * 4, dtype=torch.float64)
@@ -331,7 +318,6 @@ def test_crd_loss_regresses_rho_on_the_reward(beta, clip, tau):
     assert torch.allclose(rho.grad, gradient) == (tau == math.inf)
     if tau == math.inf:
         assert_close(loss_and_gradient(0 * RHO, targets, **settings)[1], -(targets - 0.5) * 2 * clip / 8)
-        assert max(x.abs().max() for x in loss_and_gradient(targets / beta, targets, **settings)) < 1e-9
 
 
 def velocities(count=8, seed=5):
@@ -464,6 +450,7 @@ def test_ocr_looks_for_the_first_quoted_text_in_what_it_reads(small):
     reward.read = lambda images: reads
     prompts = [f'a sign that says "{text}", not "b"' for text in texts]
     assert scores_of(reward, [picture()] * len(prompts), prompts).tolist() == list(expected)
+    assert all(reward.objection(prompt, {}) for prompt in ("a sign", 'an empty ""', 'one " only'))
 
 
 def test_boxes_of_hand_made_maps():
@@ -546,16 +533,6 @@ def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
     assert side != 512 or reward.range == pytest.approx(sorted((0.6 * weight, 200 * weight)))
 
 
-@parametrize("spec, message", [
-    ("beauty", "unknown reward 'beauty' .* aesthetic, clipscore, compressibility"), ("", "unknown reward ''"),
-    ("ocr@", "nothing after the @"), ("compressibility:much", "malformed weight in 'compressibility:much'"),
-    ("compressibility:nan", "malformed weight"), ("compressibility:0", "every weight .* is 0"),
-    ("compressibility,compressibility:2", "comes twice"), ("compressibility@here", "no weights to load")])
-def test_a_malformed_spec_is_an_error(spec, message):
-    with pytest.raises(ValueError, match=message):
-        rewards.load(spec, CPU)
-
-
 @parametrize("outcome, message", [
     (ValueError("out of memory\nlong advice"), "reward broken failed: ValueError: out of memory$"),
     ([0.5, math.nan], "reward broken gave nan for the prompt 'second'"),
@@ -563,7 +540,6 @@ def test_a_malformed_spec_is_an_error(spec, message):
     ([0.5], r"reward broken gave scores of shape \(1,\) for 2 images")])
 def test_a_reward_that_fails_stops_with_its_name_in_one_line(outcome, message):
     """It never quietly becomes 0, alone or in a sum."""
-    from unittest.mock import Mock
     alone = rewards.Reward(None, CPU)
     alone.name, alone.measure = "broken", Mock(side_effect=[outcome] * 2)  # which raises an exception
     for reward in (alone, rewards.WeightedSum([(1, rewards.load("compressibility", CPU)), (2, alone)])):
@@ -579,7 +555,8 @@ def task(**given):
 
 
 def test_the_task_that_the_settings_ask_for(tmp_path):
-    """The reward's own prompts unless others are named; as many held-out ones as asked for, or a file's."""
+    """The reward's own prompts unless others are named; as many held-out images as asked for, even of few
+    prompts, or those of a file."""
     reward, judge, stream, prompts, _ = task(eval_rewards="incompressibility,compressibility:2")
     assert (reward.name, judge.name) == ("compressibility", "incompressibility") and len(prompts) == 6
     assert next(stream)[0] in some_prompts("animals", "train")
@@ -588,19 +565,6 @@ def test_the_task_that_the_settings_ask_for(tmp_path):
     _, judge, stream, prompts, metadata = task(prompts="signs", eval_prompts=str(tmp_path / "a.txt"))
     assert judge is None and prompts == ("one", "two") and '"' in next(stream)[0]
     assert metadata[1]["where"].endswith("a.txt, line 2")
-
-
-@parametrize("prompt", ["a sign", 'an empty ""', 'one " only'])
-def test_a_prompt_that_cannot_be_scored_is_refused(tmp_path, prompt):
-    """With file and line, before the first image: to train on, to judge with, or held out."""
-    path, ocr = tmp_path / "a.txt", f"ocr@{TINY}"
-    path.write_text(f'a sign that says "one"\n{prompt}\n' + "".join(f'the word "{i}"\n' for i in range(20)))
-    for given in (dict(reward=ocr, prompts=str(path)), dict(eval_rewards=ocr, eval_prompts=str(path)),
-                  dict(reward=ocr, eval_prompts=str(path), epochs=0)):
-        with pytest.raises(ValueError, match="a.txt, line 2: the reward ocr needs .* between double quotes"):
-            task(**given)
-    with pytest.raises(ValueError, match="prompt generator animals: the reward ocr needs"):
-        task(reward=ocr, prompts="animals")
 
 
 def test_what_an_evaluation_says(tmp_path):
@@ -642,20 +606,6 @@ def test_prompts_from_a_file(tmp_path, name, line):
     _, metadata = next(iter(rewards.prompts(source, "train", 0)))
     assert f"{source}, line " in metadata["where"]
     assert metadata.get("tag") == ("counting" if "json" in name else None)
-
-
-@parametrize("name, content, message", [
-    ("a.txt", "one\n\nthree", "a.txt, line 2: the prompt is blank"),
-    ("a.jsonl", '{"prompt": "one"}\n{"prompt": }', "a.jsonl, line 2: not JSON"),
-    ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', 'a.jsonl, line 2: needs an object with .*"prompt"'),
-    ("a.txt", "just one", "a.txt has no prompt for the split"), ("a.txt", "", "a.txt holds no prompt"),
-    ("a.csv", "one", "neither .*signs.* nor a .txt or .jsonl"),
-    ("a.txt", None, "cannot read the prompts in .*a.txt: No such file")])
-def test_a_broken_prompt_file_is_an_error_with_file_and_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        [some_prompts(str(tmp_path / name), split) for split in ("train", "eval")]
 
 
 # Rewards that are models
@@ -1148,6 +1098,8 @@ DDPO = dict(model="CompVis/stable-diffusion-v1-4", reward="compressibility", pro
     (crd, "", OCR), (crd, "--reward ocr@somewhere", {**OCR, "reward": "ocr@somewhere"}),
     (crd, "--reward geneval", GENEVAL), (crd, "--preset geneval", GENEVAL),
     (crd, "--reward compressibility", {**GENEVAL, "reward": "compressibility"}),
+    (crd, "--reward compressibility:2,ocr:1", dict(preset="ocr", name="crd-compressibility-2-ocr-1-seed0")),
+    (crd, "--preset tiny --reward clipscore", dict(name="crd-tiny-clipscore-seed0")),
     (crd, "--preset tiny --lr 0.5 --old-decay 1 0.5 0.25 0.75 --tie-sampler --name x", PRESETS["tiny"] | dict(
         lr=0.5, old_decay=[1, 0.5, 0.25, 0.75], tie_sampler=True, name="x")),
     (ddpo, "", DDPO), (ddpo, "--reward aesthetic", dict(preset="aesthetic", prompts="animals")),
@@ -1157,18 +1109,10 @@ DDPO = dict(model="CompVis/stable-diffusion-v1-4", reward="compressibility", pro
     (ddpo, "--preset compressibility --reward ocr", dict(reward="ocr", prompts="animals")),
     (ddpo, "--preset tiny --images 48", dict(images=48, prompts="signs", guidance=1))])
 def test_presets_are_the_papers(script, flags, expected):
-    """Without --preset the reward decides. A preset is only defaults: every flag overrides it."""
+    """Without --preset the reward decides. A preset is only defaults: every flag overrides it. The name says
+    what is rewarded, or two rewards would be one run."""
     args = asdict(script.parse(flags.split()))
     assert {key: args[key] for key in expected} == expected
-
-
-@in_both
-def test_the_reward_is_in_the_name(script):
-    """Two rewards are two runs; the order of a sum's parts does not choose another preset."""
-    specs = "pickscore", "clipscore", "clipscore:2", "ocr:1,compressibility:2", "compressibility:2,ocr:1"
-    runs = [script.parse(["--reward", spec, *more]) for more in ([], ["--preset", "tiny"]) for spec in specs]
-    assert len({args.name for args in runs}) == len(runs)
-    assert runs[3].preset == runs[4].preset == ("ocr" if script is crd else None)
 
 
 def test_auto_takes_the_faster_precision(monkeypatch, tmp_path):
@@ -1183,12 +1127,6 @@ def test_auto_takes_the_faster_precision(monkeypatch, tmp_path):
         assert rewards.choose_dtype(torch.device("cuda")) == expected
 
 
-def test_more_images_than_prompts_draw_them_again():
-    """Four animals are held out: of ten images, two or three each."""
-    prompts = rewards.load_task(short(crd, prompts="animals", eval_images=10), CPU)[3]
-    assert len(set(prompts)) == 4 and prompts[:4] == prompts[4:8] and len(prompts) == 10
-
-
 @in_both
 def test_help_explains_every_setting(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
@@ -1196,9 +1134,8 @@ def test_help_explains_every_setting(script, monkeypatch, capsys):
         script.parse(["--help"])
     text = capsys.readouterr().out
     for field in fields(script.Settings):
-        flag, default = field.name.replace("_", "-"), "" if field.default is None else f" [{field.default}]"
-        sentence = re.escape(field.type.__metadata__[0] + default)
-        assert re.search(rf"--{flag}\b[^\n]*\s+{sentence}\n", text), flag
+        sentence = re.escape(field.type.__metadata__[0])
+        assert re.search(rf"--{field.name.replace('_', '-')}\b[^\n]*\s+{sentence}", text), field.name
 
 
 @pytest.fixture
@@ -1222,14 +1159,22 @@ MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     (f"--resume runs/{'crd' if script is ddpo else 'ddpo'}", f"name a run of {script.__name__}.py"),
     ("--resume nowhere", "--resume nowhere: name a run"), ("--lora nowhere", "nowhere"),
     ("", "stable-diffusion-.* --preset tiny"), ("--model no/model", "no/model.*--preset tiny"),
-    ("--preset huge", "--preset: .*'huge'.* 'tiny'.$"), ("--reward beauty", "unknown reward"),
-    ("--reward ocr@nowhere", "cannot load nowhere/ocr-det"), ("--eval-rewards beauty", "unknown reward"),
-    ("--eval-rewards pickscore@nowhere", r"pickscore: cannot load nowhere \(no such folder"),
-    ("--prompts none.txt", "cannot read the prompts in none.txt"),
-    ("--eval-prompts none.txt", "cannot read the prompts in none.txt"),
-    (f"--prompts animals --reward ocr@{TINY}", "generator animals: the reward ocr needs"),
-    (f"--prompts animals --eval-rewards ocr@{TINY}", "animals: the reward ocr needs"),
-    (f"--eval-prompts draw.txt --reward ocr@{TINY}", "draw.txt, line 1: the reward ocr needs the text"))),
+    ("--preset huge", "--preset: .*'huge'.* 'tiny'.$"), ("--reward=", "unknown reward ''"),
+    ("--reward beauty", "unknown reward 'beauty' .* aesthetic, clipscore, compressibility"),
+    ("--reward ocr@", "nothing after the @"), ("--reward ocr:much", "malformed weight in 'ocr:much'"),
+    ("--reward ocr:nan", "malformed weight"), ("--reward ocr:0", "every weight .* is 0"),
+    ("--reward ocr,ocr:2", "comes twice"), ("--reward compressibility@here", "no weights to load"),
+    ("--eval-rewards ocr@nowhere", r"ocr: cannot load nowhere/ocr-det \(no such folder"),
+    ("--prompts none.txt", "cannot read the prompts in none.txt: No such file"),
+    ("--prompts blank.txt", "blank.txt, line 2: the prompt is blank"),
+    ("--prompts value.jsonl", "value.jsonl, line 2: not JSON"),
+    ("--prompts key.jsonl", 'key.jsonl, line 2: needs an object with .*"prompt"'),
+    ("--prompts one.txt", "one.txt has no prompt for the split"),
+    ("--prompts empty.txt", "empty.txt holds no prompt"), ("--prompts a.csv", "neither .*signs.* nor a .txt"),
+    (f"--prompts animals --reward ocr@{TINY}", "prompt generator animals: the reward ocr needs"),
+    *((f"{flags}@{TINY}", "draw.txt, line 2: the reward ocr needs .* between double quotes") for flags in (
+        "--prompts draw.txt --reward ocr", "--eval-prompts draw.txt --epochs 0 --reward ocr",
+        "--eval-prompts draw.txt --eval-rewards ocr")))),
     (crd, "--groups 3 --steps-per-epoch 2", "--steps-per-epoch"), (crd, "--anchor-adapt often", "--anchor"),
     (crd, "--rollout-steps 2 --train-timesteps 3", "--train-timesteps"), (crd, "--group-size 1", "alone"),
     (crd, "--reward-weight 0 --anchor 0", "nothing to learn"), (ddpo, "--algorithm ppo", "--algo.*ppo.*rwr"),
@@ -1240,6 +1185,12 @@ MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     (ddpo, "--train-timesteps 11", "--train-timesteps .* 3 of --random-steps, the first of 10")]
 
 
+FILES = {"blank.txt": "one\n\nthree", "value.jsonl": '{"prompt": "one"}\n{"prompt": }', "empty.txt": "",
+         "key.jsonl": '{"prompt": "one"}\n{"text": "two"}', "one.txt": "just one", "a.csv": "one",
+         "draw.txt": 'a sign that says "one"\na sign\n' + "".join(f'the word "{i}"\n' for i in range(20)),
+         "model_index.json": '{"_class_name": "FluxPipeline"}'}
+
+
 @parametrize("script, flags, message", MISTAKES)
 def test_a_users_mistake_ends_in_one_line(leave, monkeypatch, tmp_path, script, flags, message):
     """It says what was wrong and what to do, before the first image."""
@@ -1247,8 +1198,8 @@ def test_a_users_mistake_ends_in_one_line(leave, monkeypatch, tmp_path, script, 
     for other in (crd, ddpo):
         Path(folder := f"runs/{other.__name__}").mkdir(parents=True)
         Path(folder, "args.json").write_text(json.dumps(asdict(other.Settings())))
-    Path("draw.txt").write_text("a red cube\n")
-    Path("model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for name, content in FILES.items():
+        Path(name).write_text(content)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(script, "generate", lambda *args, **kwargs: pytest.fail("an image was sampled"))
     toy = ["--preset", "tiny", "--reward", "compressibility"] * bool(flags and "--resume" not in flags)
@@ -1260,10 +1211,8 @@ def test_a_users_mistake_ends_in_one_line(leave, monkeypatch, tmp_path, script, 
 def test_weights_out_of_reach_end_in_one_line(leave, monkeypatch, tmp_path, script, method):
     """Stable Diffusion needs a licence and a connection; the bundled model neither. With `python -X dev` the
     traceback is left."""
-    def refuse(*args, **kwargs):
-        raise OSError("403 Client Error: gated\nand many more lines")
-
     monkeypatch.chdir(tmp_path)
+    refuse = Mock(side_effect=OSError("403 Client Error: gated\nand many more lines"))
     monkeypatch.setattr(diffusers.DiffusionPipeline, method, refuse)
     message = leave(script, "--preset", "tiny", "--model", TINY, "--reward", "compressibility")
     assert "--preset tiny" in message and str(TINY) in message and "gated" in message
