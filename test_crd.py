@@ -117,8 +117,7 @@ def with_lora(model):
 @parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora(dtype):
     """It starts as the identity, and yet it can learn: in float32, also where the model is bf16. Trained and
-    switched off, the model is as pretrained, to the bit; W + (alpha / rank) B A is the adapted layer. An
-    adapter that follows the policy keeps its share of itself, and the others stay."""
+    switched off, the model is as pretrained, to the bit; W + (alpha / rank) B A is the adapted layer."""
     model = small_transformer().to(dtype)
     before, layers = predict(model), crd.add_lora(model, TARGET_MODULES, 2, 6, ADAPTERS)
 
@@ -136,10 +135,6 @@ def test_lora(dtype):
     off, *on = outputs()
     assert torch.equal(off, before)
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations([off, *on], 2))
-    layer = next(iter(layers.values()))
-    B = {name: B.detach().clone() for name, B in layer.B.items()}
-    crd.ema_update(layers, "old", 0.25)
-    assert_close(dict(layer.B), {**B, "old": 0.25 * B["old"] + 0.75 * B["policy"]})
     for layer in layers.values():
         layer.base.weight.data += (6 / 2 * layer.B["policy"].data @ layer.A["policy"].data).to(dtype)
     if dtype == torch.float32:
@@ -270,9 +265,9 @@ RHO = torch.randn(8, dtype=torch.float64, generator=seeded(3))
 
 
 def test_reward_targets():
-    """Each group averages to 1/2, on the scale of the batch's population deviation; a constant added to all
-    rewards changes nothing, one outlier among many ends at the clip. Groups must be whole. Where the mean of
-    a group is weighted, a cold temperature takes its best image and its worst, a hot one all alike."""
+    """Each group averages to 1/2, on the scale of the batch's deviation; a constant added to all rewards
+    changes nothing, an outlier ends at the clip. Where the mean of a group is weighted, a cold temperature
+    takes its best image and its worst, a hot one all alike."""
     centered = REWARDS.view(2, 4) - REWARDS.view(2, 4).mean(1, keepdim=True)
     spread = (REWARDS - REWARDS.mean()).square().mean().sqrt()
     assert_close((TARGETS.view(2, 4) - 0.5) * 10, centered / (spread + 1e-4))
@@ -406,8 +401,6 @@ def test_a_training_step_is_the_objective(weight, anchor, tau):
         assert distance(gradients(layers), expected) < 1e-4
         terms = torch.stack([loss, reward_loss, pull]).detach()
         assert_close(totals[:3].float(), terms, rtol=1e-5, atol=1e-8)
-    assert all(p.grad is None for layer in layers.values() for p in (*layer.A.values(), *layer.B.values())
-               if not p.requires_grad)
 
 
 @parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -473,16 +466,12 @@ def test_boxes_of_hand_made_maps():
 
 
 def test_blobs_are_those_of_a_slow_flood():
-    """On random masks, where they wind about and touch by their corners."""
-    mask, boxes = torch.rand(3, 24, 24, generator=seeded()) < 0.45, [[], [], []]
+    """On random masks, where they wind about and touch by their corners. Each is named by its last pixel."""
+    mask = torch.rand(3, 24, 24, generator=seeded()) < 0.45
     names = torch.arange(1.0, 1 + mask.numel()).view_as(mask) * mask
     for _ in range(300):
         names = torch.nn.functional.max_pool2d(names, 3, 1, 1) * mask
-    for name in names.unique()[1:]:
-        i, y, x = (names == name).nonzero(as_tuple=True)
-        boxes[i[0]].append((x.min(), y.min(), x.max(), y.max()))
-    found = rewards.find_boxes(mask.float(), box_threshold=0, unclip=0, min_side=0)
-    assert [sorted(own) for own in found] == [sorted(own) for own in boxes] and len(boxes[0]) > 5
+    assert torch.equal(rewards.connected(mask) + 1.0, names[mask]) and len(names.unique()) > 15
 
 
 def test_the_steps_around_the_text_networks():
@@ -521,8 +510,7 @@ def test_the_bundled_models_read_words_they_never_saw(small, monkeypatch):
 def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
     """In 1,000 bytes; parts are logged unweighted. A flat colour and noise span the range, at any size."""
     images, files = [picture(0, (side, side), flat) for flat in (True, False)], [io.BytesIO(), io.BytesIO()]
-    for image, file in zip(images, files):
-        image.save(file, "JPEG", quality=95)
+    [image.save(file, "JPEG", quality=95) for image, file in zip(images, files)]
     reward, sizes = rewards.load(spec, CPU), torch.tensor([file.tell() / 1000 for file in files])
     scores, parts = reward.score(images, ["", ""], [{}, {}])
     assert_close(scores, weight * sizes)
@@ -668,16 +656,6 @@ def imagereward_file(model):
     return tensors
 
 
-def small_detector(classes=80):
-    from transformers import Mask2FormerConfig, SwinConfig
-    eyes = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_indices=[1, 2, 3, 4])
-    config = Mask2FormerConfig(
-        backbone_config=eyes, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
-        decoder_layers=2, num_queries=12, num_labels=classes)
-    torch.manual_seed(0)
-    return shaken(rewards.detector_class()(config))
-
-
 def save_small_models(root, patch):
     """{reward: its folder}, with small models of the same classes, and the true constants scaled down."""
     import transformers as hf
@@ -689,12 +667,16 @@ def save_small_models(root, patch):
         for name, value in constants.items():
             patch.setattr(reward, name, value)
     torch.manual_seed(0)
+    swin = hf.SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+                         out_indices=[1, 2, 3, 4])
     language = dict(**WORDS, num_key_value_heads=2, bos_token_id=0, pad_token_id=1)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     clips = "clipscore", "pickscore", "hpsv2", "aesthetic/clip", "geneval/clip"
     models = {
         **dict.fromkeys(clips, hf.CLIPModel(hf.CLIPConfig(**SMALL_CLIP))),
-        "geneval/detector": small_detector(),
+        "geneval/detector": rewards.detector_class()(hf.Mask2FormerConfig(
+            backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
+            decoder_layers=2, num_queries=12, num_labels=80)),
         "vlm/llava": hf.LlavaForConditionalGeneration(hf.LlavaConfig(
             vision_config=dict(model_type="clip_vision_model", **EYES),
             text_config=dict(model_type="llama", **language), image_token_index=IMAGE)),
@@ -746,8 +728,7 @@ NEAR = dict(rtol=1e-3, atol=1e-4)
 @parametrize("name", MODELS)
 def test_models_score_images_of_any_size_and_any_text(small, monkeypatch, name):
     """Neither the batch nor the neighbours change a score; another picture's prompt does."""
-    any_mark = lambda reply: 1 + zlib.crc32(reply.encode()) % 4001 / 1000  # noqa: E731
-    monkeypatch.setattr(rewards, "final_score", any_mark)  # small models write none
+    monkeypatch.setattr(rewards, "final_score", lambda reply: 1 + zlib.crc32(reply.encode()) % 4001 / 1000)
     in_pairs, reward, batch = small(name, 2), small(name, 7), (ODD, TEXTS, ENTRIES)
     scores = reward(*batch)
     assert scores.shape == (7,) and scores.isfinite().all() and scores.unique().numel() > 1
@@ -798,12 +779,6 @@ def test_weights_that_do_not_fit_or_run_code_are_refused(small, tmp_path, change
     torch.save({"state_dict": state}, tmp_path / "HPS_v2.1_compressed.pt")
     with pytest.raises(OSError, match=rf"reward hpsv2: cannot load .*HPS_v2.1_compressed.pt \(.*{message}"):
         rewards.load(f"hpsv2@{tmp_path}", CPU)
-
-
-def test_a_detector_of_other_classes_is_an_error(tmp_path):
-    small_detector(classes=5).save_pretrained(tmp_path / "detector")
-    with pytest.raises(OSError, match="cannot load .*detector .it detects 5 classes, not COCO's 80"):
-        rewards.load(f"geneval@{tmp_path}", CPU)
 
 
 @parametrize("name", ["ocr", *MODELS])
@@ -932,16 +907,14 @@ RED_PLACED = entry("position", want("dog"), want("cat", color="red", position=["
 
 @parametrize("asked, objects, strict, credit", [
     (CAT, "", False, 0), (CAT, "cat cat cat cat", True, -2), (BOTH, "cat", False, 1 / 2),
-    (BOTH, "cat dog", True, 1), (BOTH, "cat cat dog", True, 1 / 2), (CATS, "", False, 0),
-    (CATS, "cat cat", False, 2 / 3), (CATS, "cat cat cat", True, 1), (CATS, "cat cat cat cat", False, 2 / 3),
-    (RED, "cat::red", True, 1), (RED, "cat::blue", False, 1 / 2), (RED, "", False, 0),
+    (BOTH, "cat dog", True, 1), (CATS, "cat cat", False, 2 / 3), (CATS, "cat cat cat", True, 1),
+    (CATS, "cat cat cat cat", False, 2 / 3), (RED, "cat::red", True, 1), (RED, "cat::blue", False, 1 / 2),
     (RED, "cat::red cat::blue", True, 0), (RED, "cat::blue cat::red", False, 0), (PLACED, "", False, 0),
-    (PAIR, "cat::red dog::blue", True, 1), (PAIR, "cat::blue dog::red", False, 1 / 2),
-    (PLACED, "cat dog:right", True, 1), (PLACED, "cat:right dog:left", False, 2 / 3),
-    (PLACED, "cat", False, 1 / 3), (PLACED, "dog", False, 1 / 3), (PLACED, "cat dog", False, 2 / 3),
+    (PAIR, "cat::blue dog::red", False, 1 / 2), (PLACED, "cat dog:right", True, 1),
+    (PLACED, "cat:right dog:left", False, 2 / 3), (PLACED, "cat", False, 1 / 3),
     (PLACED, "cat cat:right dog:right", True, 1 / 3), (PLACED, "cat dog:left dog:right", False, 1 / 3),
-    (RED_PLACED, "cat::red dog:right", True, 1), (RED_PLACED, "dog:right", False, 1 / 3),
-    (RED_PLACED, "cat::blue dog:right", False, 2 / 3), (RED_PLACED, "cat:right:red dog:left", False, 3 / 4)])
+    (RED_PLACED, "cat::red dog:right", True, 1), (RED_PLACED, "cat::blue dog:right", False, 2 / 3),
+    (RED_PLACED, "cat:right:red dog:left", False, 3 / 4)])
 def test_genevals_verdicts_on_hand_made_detections(asked, objects, strict, credit):
     """Strict as the benchmark, which does not mind too many; in part for training. Color before position."""
     assert rewards.as_asked(seen(objects), asked) is strict
@@ -956,9 +929,7 @@ def test_genevals_verdicts_on_hand_made_detections(asked, objects, strict, credi
     ((80, 52, 100, 72), {"right of"}), ((30, 100, 50, 120), {"below"})])
 def test_genevals_positions(box, expected):
     """Of a box to (40, 40, 60, 60): by centres, with a dead zone of a tenth of both sides, 4 pixels."""
-    found = {**seen("dog"), "cat": [rewards.Found(0.9, box)]}
-    asked = {x: entry("position", want("dog"), want("cat", position=[x, 0])) for x in rewards.RELATIONS}
-    assert {x for x in asked if rewards.as_asked(found, asked[x])} == expected
+    assert rewards.relations(box, (40, 40, 60, 60)) == expected
 
 
 def test_objects_from_hand_made_logits(small):
@@ -1033,49 +1004,43 @@ def test_genevals_prompts_reach_every_task_and_class(small):
     """Disjoint splits, whatever the order of the objects; the metadata says what the words do, in English."""
     train = list(itertools.islice(rewards.prompts("geneval", "train", 0), 20000))
     held_out, parts = rewards.prompts("geneval", "eval", 0), []
-    assert len(dict(held_out)) == len(held_out) == 512
     for pairs in (train, held_out):
         wants = [want for _, asked in pairs for want in asked["include"]]
         assert len({asked["tag"] for _, asked in pairs[:6]}) == 6 and len({x["class"] for x in wants}) == 80
-        assert {want.get("color") for want in wants} == {None, *rewards.COLORS}
         small("geneval").check(*zip(*pairs))
         parts.append({frozenset(p.removeprefix("a photo of ").split(" and ")) for p, _ in pairs})
-    assert parts[0].isdisjoint(parts[1])
+    assert parts[0].isdisjoint(parts[1]) and len(held_out) == 512
     for prompt, asked in train:
         tag, first, last = asked["tag"], asked["include"][0], asked["include"][-1]
-        assert not ("color" in tag and "person" in prompt)
-        assert tag != "counting" or asked["exclude"] == [want(first["class"], first["count"] + 1)]
-        assert tag != "counting" or {2: " two ", 3: " three ", 4: " four "}[first["count"]] in prompt
-        assert tag != "position" or re.search(
-            rf"{last['class']} {last['position'][0]} .*{first['class']}$", prompt)
+        if tag == "counting":
+            assert asked["exclude"] == [want(first["class"], first["count"] + 1)]
+            assert "zero one two three four".split()[first["count"]] in prompt
+        elif tag == "position":
+            assert re.search(f"{last['class']} {last['position'][0]} .*{first['class']}$", prompt)
+        assert all(x.get("color", "") in prompt for x in asked["include"])
+        assert not re.search(r"\ba [aeio]|\ban [^aeiou]|person.*color", prompt + tag)
     text = "\n".join(prompt for prompt, _ in train)
-    assert not re.search(r"\ba [aeio]|\ban [^aeiou]", text)
-    for words in ("a cat", "an apple", "an umbrella", "a red umbrella", "an orange cup", "a pair of skis",
-                  "two pairs of skis", "a pair of red scissors", "three heads of broccoli", "three knives",
-                  "four people", "two buses", "two wine glasses", "two benches", "two sheep",
-                  "two toothbrushes", "two computer mice"):
+    for words in ("an umbrella", "a red umbrella", "an orange cup", "a pair of red scissors", "three knives",
+                  "two pairs of skis", "three heads of broccoli", "four people", "two buses", "two benches"):
         assert re.search(rf"\b{words}\b", text), words
 
 
-def test_public_prompt_files_load_as_they_are(folders, tmp_path):
-    path, cow = tmp_path / "train_metadata.jsonl", want("cow", position=["left of", 0])
-    lines = [entry("position", want("bench"), cow, prompt="a photo of a cow left of a bench"),  # Flow-GRPO's
-             entry("counting", want("clock", 2), exclude=[want("clock", 3)], prompt="a photo of two clocks")]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    *_, prompts, metadata = task(reward=f"geneval@{folders['geneval']}", eval_prompts=str(path), epochs=0)
-    for line, prompt, found in zip(lines, prompts, metadata, strict=True):
-        assert {**found, "prompt": prompt} == {**line, "where": found["where"]}
+def test_public_prompt_files_load_as_they_are(small, tmp_path):
+    path, lines = tmp_path / "train_metadata.jsonl", [  # Flow-GRPO's
+        {**PLACED, "prompt": "a photo of a cat left of a dog"}, {**CATS, "prompt": "a photo of three cats"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    prompts, metadata = zip(*rewards.read_prompt_file(path))
+    small("geneval").check(prompts, metadata)
+    assert [{**more, "prompt": prompt, "where": ""} for prompt, more in zip(prompts, metadata)] == [
+        {**line, "where": ""} for line in lines]
 
 
-def test_a_reward_has_a_name_a_range_and_prompts_that_suit_it():
-    for name, reward in rewards.REWARDS.items():
-        assert reward.name == name and reward.range[0] < reward.range[1] and reward.prompts in rewards.PROMPTS
-    assert rewards.normalize(torch.tensor([-600, -500, -250, 0, 9]), (-500, 0)).tolist() == [0, 0, 0.5, 1, 1]
+def test_a_reward_has_prompts_that_suit_it():
     for spec, source in {
             "ocr": "ocr", "ocr@x:2,vlm": "ocr", "compressibility,ocr": "ocr", "geneval": "geneval",
-            "pickscore": "geneval", "aesthetic": "animals", "compressibility": "animals", "vlm": "activities",
+            "pickscore": "geneval", "aesthetic": "animals", "vlm": "activities",
             "pickscore,geneval": "geneval", "unifiedreward": "geneval"}.items():
-        assert rewards.default_prompts(spec) == source
+        assert rewards.default_prompts(spec) == source in rewards.PROMPTS
 
 
 # Command line
@@ -1115,27 +1080,21 @@ def test_presets_are_the_papers(script, flags, expected):
     assert {key: args[key] for key in expected} == expected
 
 
-def test_auto_takes_the_faster_precision(monkeypatch, tmp_path):
-    """bf16 where a CPU multiplies 1.5 times as fast in it, or a GPU has it. The run keeps what was chosen."""
-    monkeypatch.chdir(tmp_path)
-    for speed, expected in ((3, "bf16"), (1.4, "fp32"), (1 / 90, "fp32")):
-        ticks = itertools.accumulate(x for _ in range(99) for x in (0, speed, 0, 1))
-        monkeypatch.setattr(rewards.time, "perf_counter", lambda ticks=ticks: next(ticks))
-        rewards.open_run(args := short(crd, dtype="auto"))
-        assert args.dtype == expected
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, bf16=expected == "bf16", **__: bf16)
-        assert rewards.choose_dtype(torch.device("cuda")) == expected
+@parametrize("speed, expected", [(3, "bf16"), (1.4, "fp32"), (1 / 90, "fp32")])
+def test_auto_takes_the_faster_precision(monkeypatch, speed, expected):
+    """bf16 where a CPU multiplies 1.5 times as fast in it. The run keeps what was chosen."""
+    ticks = itertools.accumulate(x for _ in range(99) for x in (0, speed, 0, 1))
+    monkeypatch.setattr(rewards.time, "perf_counter", lambda: next(ticks))
+    rewards.open_run(args := short(crd, dtype="auto", name="new"))
+    assert args.dtype == expected
 
 
 @in_both
-def test_help_explains_every_setting(script, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "1000")
+def test_help_explains_every_setting(script, capsys):
     with pytest.raises(SystemExit):
         script.parse(["--help"])
-    text = capsys.readouterr().out
-    for field in fields(script.Settings):
-        sentence = re.escape(field.type.__metadata__[0])
-        assert re.search(rf"--{field.name.replace('_', '-')}\b[^\n]*\s+{sentence}", text), field.name
+    text = re.sub(r"\s", "", capsys.readouterr().out)
+    assert all(re.sub(r"\s", "", field.type.__metadata__[0]) in text for field in fields(script.Settings))
 
 
 @pytest.fixture
@@ -1307,39 +1266,30 @@ def test_a_run_leaves_what_it_promises(finished, monkeypatch):
 @parametrize("script, settings", [(crd, dict(groups=4, steps_per_epoch=2)), (ddpo, {}), *(
     (ddpo, dict(model="sd1", algorithm=name)) for name in ("is", "sf", "rwr", "rwr-sparse"))])
 def test_resume_equals_not_stopping(run, tiny_sd1, script, settings):
-    """To the bit: adapters, optimizer, random numbers, prompts and their statistics, metrics, the best so
-    far, the LoRA."""
-    settings = {**settings, **(tiny_sd1 if "model" in settings else {}), "eval_every": 1}
+    """To the bit: adapters, optimizer, random numbers, prompts and their statistics, metrics, the LoRA. Only
+    the evaluation that ended the run stays, too."""
+    settings = {**settings, **(tiny_sd1 if "model" in settings else {})}
     straight, _ = run(script, "straight", 2, **settings), run(script, "stopped", 1, **settings)
-    stopped = run(script, "stopped", 2)
-    assert_close(state(stopped), state(straight), rtol=0, atol=0)
-    assert metrics(stopped) == metrics(straight) and len(metrics(straight)) == 5
-    for lora in ("last/pytorch_lora_weights.safetensors", "best/pytorch_lora_weights.safetensors"):
-        assert (stopped / lora).read_bytes() == (straight / lora).read_bytes()
-    if settings.get("algorithm", "is") in ("is", "sf") and script is ddpo:
-        line = metrics(straight)[1]
-        assert line["first_ratio_error"] == 0
-        assert line.keys() >= {"ratio_error", "clip_fraction", "approx_kl"}
+    found, expected, lines = state(stopped := run(script, "stopped", 2)), state(straight), metrics(stopped)
+    del found["progress"]["best"], expected["progress"]["best"]  # of other evaluations
+    assert_close(found, expected, rtol=0, atol=0)
+    assert lines.pop(2)["split"] == "eval" and lines == metrics(straight) and len(lines) == 4
+    lora = "last/pytorch_lora_weights.safetensors"
+    assert (stopped / lora).read_bytes() == (straight / lora).read_bytes()
+    if script is ddpo and "rwr" not in settings.get("algorithm", "is"):
+        assert lines[1]["first_ratio_error"] == 0
+        assert lines[1].keys() >= {"ratio_error", "clip_fraction", "approx_kl"}
 
 
 @parametrize("change", [{}, dict(reward="compressibility"), dict(eval_images=3)])
 def test_a_finished_run_can_be_extended(run, copied, change):
-    """It keeps the evaluation that ended it, and is otherwise as if it had never ended. Judged in another way
-    it starts a best of its own; else a best that nothing can beat stays."""
-    before, lines = torch.load("runs/x/last/state.pt", weights_only=True), metrics("runs/x")
+    """Judged in another way it starts a best of its own; else a best that nothing can beat stays."""
+    before = torch.load("runs/x/last/state.pt", weights_only=True)
     before["progress"]["best"] = 1e9
     torch.save(before, "runs/x/last/state.pt")
     extended = run(copied, "x", 2, **change)
-    found, more = state(extended), metrics(extended)[3:]
-    assert metrics(extended)[:3] == lines
-    assert [(line["split"], line["epoch"]) for line in more] == [("train", 1), ("eval", 2)]
-    assert found["progress"].pop("best") == (more[-1]["reward"] if change else 1e9)
+    assert state(extended)["progress"]["best"] == (metrics(extended)[-1]["reward"] if change else 1e9)
     assert (state(extended, "best")["progress"]["epoch"] == 2) == bool(change)
-    if not change:
-        expected = state(straight := run(copied, "straight", 2, lr=0.01))
-        del expected["progress"]["best"]
-        assert_close(found, expected, rtol=0, atol=0)
-        assert [*lines[:2], *more] == metrics(straight)
 
 
 @in_both
@@ -1403,17 +1353,12 @@ def test_unseen_rewards_are_logged_side_by_side(run, script, tmp_path, monkeypat
     assert (folder / "samples" / "epoch-0001.png").read_bytes() == sheet
 
 
-def half(state, path):
-    Path(path).write_bytes(b"half a checkpoint")
-    raise OSError("killed")
-
-
 @parametrize("target, fault, message", [
     ("LOSS", lambda x, *args, **settings: (0 * x).sum().sqrt(), "norm nan"),  # 0, of slope 0 times infinity
     ("LOSS", lambda x, *args, **settings: x.sum() * math.nan, "loss is nan"),
     ("rewards.Incompressibility.measure", lambda self, images, *args: [math.nan] * len(images), "gave nan"),
-    ("rewards.Incompressibility.measure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt), "stopped"),
-    ("torch.save", half, "killed")])
+    ("rewards.Incompressibility.measure", Mock(side_effect=KeyboardInterrupt), "stopped"),
+    ("torch.save", lambda state, path: Path(path).write_bytes(b"half") and os.listdir("no disk"), "no disk")])
 def test_what_goes_wrong_leaves_the_finished_epochs(run, leave, copied, monkeypatch, target, fault, message):
     """The optimizer makes no step, a half-written checkpoint is not taken for one, and the run can go on."""
     before, loss = state("runs/x"), "crd.crd_loss" if copied is crd else "ddpo.importance_sampling_loss"
@@ -1529,8 +1474,6 @@ def test_ddim_step_is_diffusers(prediction_type, eta):
         assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
     _, log_prob = ddpo.ddim_step(output.requires_grad_(), x, generator=seeded(), **place)
     assert not eta or torch.autograd.grad(log_prob.sum(), output)[0].abs().max() > 0  # what is drawn is fixed
-    with pytest.raises(ValueError, match="'sample': epsilon or v_prediction"):
-        ddpo.ddim_step(output, x, **{**place, "prediction_type": "sample"})
 
 
 @parametrize("noise_level", [0.0, 0.3, 0.7])
@@ -1624,10 +1567,6 @@ def family_with_lora(model, std=0.1, **settings):
     return family.args, family, layers, cond, uncond
 
 
-def blocks_of(family):
-    return [module for module in family.network.modules() if type(module).__name__ in family.blocks]
-
-
 def start(family, args, count=3):
     """x_T of some images."""
     scale = family.pipe.vae_scale_factor
@@ -1654,7 +1593,7 @@ def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
                                      shares[0], steps, args), gradients(layers)
 
     plain = step()
-    ddpo.checkpoint_blocks(blocks_of(family), layers)
+    ddpo.checkpoint_blocks([m for m in family.network.modules() if type(m).__name__ in family.blocks], layers)
     again, others = step(range(R)[::-1]), step(micro_batch=1)[1]
     for logs, gradient in (plain, again):
         assert logs["ratio_error"] == logs["approx_kl"] == 0
