@@ -1,6 +1,4 @@
-"""What CRD and DDPO claim, each claim a test that fails when the line it guards is broken.
-
-CPU only, no network.
+"""What CRD and DDPO claim, each claim a test that fails when its line is broken. CPU only, no network.
 
     python -m pytest -q test_crd.py
 """
@@ -459,8 +457,6 @@ def test_boxes_of_hand_made_maps():
     assert [sorted(own) for own in rewards.find_boxes(maps, unclip=0)] == list(expected)
     assert rewards.find_boxes(maps[-2:], unclip=0, most=1) == [[line], [low]]
     assert rewards.find_boxes(maps[1:2]) == [[pytest.approx((10 - grow, 5 - grow, 30 + grow, 13 + grow))]]
-    dots = torch.nn.functional.pad(torch.ones(1, 40, 40, 4, 4), (0, 1, 0, 1)).transpose(2, 3)
-    assert len(rewards.find_boxes(dots.reshape(1, 200, 200))[0]) == 1000
 
 
 def test_blobs_are_those_of_a_slow_flood():
@@ -502,9 +498,8 @@ def test_the_bundled_models_read_words_they_never_saw(small, monkeypatch):
 
 
 @parametrize("side", [32, 64, 512])
-@parametrize("spec, weight", [
-    ("incompressibility", 1), ("compressibility", -1), ("compressibility:-2", 2),
-    ("compressibility:0.5", -0.5), ("compressibility:2, incompressibility:-0.5", -2.5)])
+@parametrize("spec, weight", [("incompressibility", 1), ("compressibility", -1), ("compressibility:-2", 2),
+                              ("compressibility:2, incompressibility:-0.5", -2.5)])
 def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
     """In 1,000 bytes; parts are logged unweighted. A flat colour and noise span the range, at any size."""
     images, files = [picture(0, (side, side), flat) for flat in (True, False)], [io.BytesIO(), io.BytesIO()]
@@ -522,7 +517,6 @@ def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
 @parametrize("outcome, message", [
     (ValueError("out of memory\nlong advice"), "reward broken failed: ValueError: out of memory$"),
     ([0.5, math.nan], "reward broken gave nan for the prompt 'second'"),
-    ([math.inf, 0.5], "reward broken gave inf for the prompt 'first'"),
     ([0.5], r"reward broken gave scores of shape \(1,\) for 2 images")])
 def test_a_reward_that_fails_stops_with_its_name_in_one_line(outcome, message):
     """It never quietly becomes 0, alone or in a sum."""
@@ -534,34 +528,20 @@ def test_a_reward_that_fails_stops_with_its_name_in_one_line(outcome, message):
         assert "\n" not in str(error.value)
 
 
-def task(**given):
-    return rewards.load_task(SimpleNamespace(**{**dict(
-        reward="compressibility", prompts=None, eval_prompts=None, eval_images=6, eval_rewards=None,
-        reward_batch=4, seed=0, epochs=1), **given}), CPU)
-
-
 def test_the_task_that_the_settings_ask_for(tmp_path):
     """The reward's own prompts unless others are named; as many held-out images as asked for, even of few
     prompts, or those of a file."""
-    reward, judge, stream, prompts, _ = task(eval_rewards="incompressibility,compressibility:2")
+    task = functools.partial(short, crd, reward="compressibility", prompts=None, eval_images=6)
+    reward, judge, stream, prompts, _ = rewards.load_task(
+        task(eval_rewards="incompressibility,compressibility:2"), CPU)
     assert (reward.name, judge.name) == ("compressibility", "incompressibility") and len(prompts) == 6
     assert next(stream)[0] in some_prompts("animals", "train")
     assert set(prompts) == set(some_prompts("animals", "eval"))
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    _, judge, stream, prompts, metadata = task(prompts="signs", eval_prompts=str(tmp_path / "a.txt"))
+    _, judge, stream, prompts, metadata = rewards.load_task(
+        task(prompts="signs", eval_prompts=str(tmp_path / "a.txt")), CPU)
     assert judge is None and prompts == ("one", "two") and '"' in next(stream)[0]
     assert metadata[1]["where"].endswith("a.txt, line 2")
-
-
-def test_what_an_evaluation_says(tmp_path):
-    """The trained reward and its spread over images, its parts, and the unseen ones under their own names."""
-    batch, args = ([picture(), ODD[6]], ["", ""], [{}, {}]), dict(resume=None, epochs=1, wandb=None)
-    trained, judge = map(rewards.load, ("compressibility:2", "compressibility,incompressibility"), (CPU, CPU))
-    progress, (a, b) = dict(epoch=0, step=0, images=0, seconds=0), (-trained(*batch) / 2).tolist()
-    rewards.evaluate(tmp_path, SimpleNamespace(**args), progress, trained, judge, *batch)
-    assert rewards.read_metrics(tmp_path) == [pytest.approx({
-        **progress, "split": "eval", "reward": -a - b, "reward_std": a - b, "compressibility": -(a + b) / 2,
-        "compressibility (unseen)": -(a + b) / 2, "incompressibility": (a + b) / 2})]
 
 
 # Prompts
@@ -706,20 +686,17 @@ def save_small_models(root, patch):
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory):
+def small(tmp_path_factory):
+    """small(name, batch): a reward, with a small model of its kind."""
     with pytest.MonkeyPatch.context() as patch:
-        yield save_small_models(tmp_path_factory.mktemp("models"), patch)
-
-
-@pytest.fixture(scope="session")
-def small(folders):
-    return lambda name, batch=16: rewards.load(f"{name}@{folders[name]}", CPU, batch)
+        folders = save_small_models(tmp_path_factory.mktemp("models"), patch)
+        yield lambda name, batch=16: rewards.load(f"{name}@{folders[name]}", CPU, batch)
 
 
 MODELS = "clipscore pickscore hpsv2 aesthetic imagereward vlm unifiedreward geneval".split()
 ODD = [picture(1), picture(2, (40, 40)), picture(3, (1, 1)), picture(4, (1, 5000)),
        picture(5, (33, 90)).convert("L"), picture(6, (50, 20)).convert("RGBA"), picture(flat=True)]
-TEXTS = ["a cat and a dog", "", "<|image_pad|>", "\u732b\u3068\u72ac", "two red birds " * 60, "a {brace}", " "]
+TEXTS = ["a cat and a dog", "", "<|image_pad|>", "\u732b\u3068\u72ac", "two red birds " * 60, "{brace}", " "]
 SIGHTS = "hot dog", "handbag", "bottle", "sports ball", "tennis racket", "hot dog", "bottle"  # what it sees
 ENTRIES = [{"tag": "colors", "include": [{"class": name, "count": count, "color": color}]}
            for name, count, color in zip(SIGHTS, (12, 9, 4, 10, 3, 2, 5), rewards.COLORS)]
@@ -744,7 +721,7 @@ def test_models_score_images_of_any_size_and_any_text(small, monkeypatch, name):
 def test_hpsv2_computes_what_openclip_does(small):
     """Query, key and value apart, projections turned: the features of torch's own attention, to rounding."""
     clip, (text, _) = small("hpsv2").clip, small_openclip()
-    pixels, visual = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), text.visual
+    pixels, visual = torch.randn(2, 3, 32, 32, generator=seeded()), text.visual
     ids = clip.tokenizer(["a cat"], return_tensors="pt").input_ids  # the last one ends the text
     with torch.no_grad():
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
@@ -808,13 +785,12 @@ def test_clips_pixels_and_scores_are_the_originals(small):
     x = torch.frombuffer(bytearray(by_hand), dtype=torch.uint8).view(32, 32, 3) / 255
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     x = ((x - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
-    whole, clip = reward.clip.processor([long], return_tensors="pt").pixel_values[0], reward.clip.model
-    ids = reward.clip.tokenizer(["a cat"], return_tensors="pt").input_ids
+    clip, ids = reward.clip.model, reward.clip.tokenizer(["a cat"], return_tensors="pt").input_ids
     with torch.no_grad():
-        cosines = clip(ids, torch.stack([x, whole])).logits_per_text[0] / clip.logit_scale.exp()
-    scores = scores_of(small("clipscore"), [image, long], ["a cat", "a cat"])
-    assert_close(scores, cosines, rtol=0, atol=0.005)
-    assert_close(scores_of(reward, [image, long], ["a cat", "a cat"]) / 14.2857, scores, **NEAR)
+        cosine = clip(ids, x[None]).logits_per_text[0] / clip.logit_scale.exp()
+    score = scores_of(small("clipscore"), [image], ["a cat"])
+    assert_close(score, cosine, rtol=0, atol=0.005)
+    assert_close(scores_of(reward, [image], ["a cat"]) / 14.2857, score, **NEAR)
     changed = long.copy()
     changed.paste((255, 0, 0), (0, 0, 12, 27))
     apart = [scores_of(small(name), [long, changed]).diff().abs() for name in ("hpsv2", "clipscore")]
@@ -831,7 +807,7 @@ def test_bertscore_recall_by_hand():
         assert rewards.bertscore_recall(*vectors) == pytest.approx(recall)
 
 
-def test_the_description_is_the_candidate_in_the_right_layers_vectors(small, folders):
+def test_the_description_is_the_candidate_in_the_right_layers_vectors(small):
     """Those after `layer` layers of the whole model, special tokens left out."""
     from transformers import DebertaModel
     reward, asked, said = small("vlm"), [], ["The image contains a cat", "", "The image contains a cat"]
@@ -839,7 +815,8 @@ def test_the_description_is_the_candidate_in_the_right_layers_vectors(small, fol
     scores = scores_of(reward, ODD[:3], ["a cat", "a cat", "a cat, a dog and eleven birds"])
     assert scores[0] == pytest.approx(1, abs=1e-5) and scores[1] == 0 and scores[2] < 0.999
     assert set(asked) == {"Answer concisely: what is going on in this image?"}
-    whole, words = DebertaModel.from_pretrained(folders["vlm"] + "/deberta").eval(), reward.words
+    words = reward.words
+    whole = DebertaModel.from_pretrained(words.name_or_path, subfolder="deberta").eval()
     with torch.no_grad():
         layers = whole(**words("a cat", return_tensors="pt"), output_hidden_states=True).hidden_states
         assert_close(reward.token_vectors(["a cat", ""]), [layers[2][0, 1:-1], torch.zeros(0, 32)], **NEAR)
@@ -911,9 +888,8 @@ def test_genevals_verdicts_on_hand_made_detections(asked, objects, strict, credi
 @parametrize("box, expected", [
     ((0, 40, 20, 60), {"left of"}), ((80, 40, 100, 60), {"right of"}), ((40, 0, 60, 20), {"above"}),
     ((40, 80, 60, 100), {"below"}), ((0, 0, 20, 20), {"left of", "above"}), ((40, 40, 60, 60), set()),
-    ((80, 80, 100, 100), {"right of", "below"}), ((44, 40, 64, 60), set()), ((43, 37, 63, 57), set()),
-    ((50, 40, 70, 60), {"right of"}), ((47, 40, 67, 60), set()),  # 6 of 10 are left, but 3 of 7
-    ((80, 52, 100, 72), {"right of"}), ((30, 100, 50, 120), {"below"})])
+    ((44, 40, 64, 60), set()), ((80, 52, 100, 72), {"right of"}),
+    ((50, 40, 70, 60), {"right of"}), ((47, 40, 67, 60), set())])  # 6 of 10 are left, but 3 of 7
 def test_genevals_positions(box, expected):
     """Of a box to (40, 40, 60, 60): by centres, with a dead zone of a tenth of both sides, 4 pixels."""
     assert rewards.relations(box, (40, 40, 60, 60)) == expected
@@ -932,13 +908,11 @@ def test_objects_from_hand_made_logits(small):
             class_queries_logits=classes[None, queries], masks_queries_logits=masks[None, queries])
         return reward.detect([picture(size=size)], [tag])[0]
 
-    assert list(found()) == ["cat"] and [x.box for x in found()["cat"]] == [(10, 5, 16, 8), (3, 2, 7, 4)]
-    sure, other = found()["cat"]
-    assert other.score == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-3)
-    assert sure.mask.sum() == 18 and sure.mask.shape == (8, 16)
+    (name, (sure, other)), = found().items()
+    assert name == "cat" and sure.box == (10, 5, 16, 8) and other.box == (3, 2, 7, 4)
+    assert sure.mask.sum() == 18 and other.score == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-3)
     assert len(found(tag="counting")["cat"]) == 1 and len(found(queries=[1] * 20)["cat"]) == 16
-    twice = found((32, 16))["cat"][0].box
-    assert all(abs(a - 2 * b) <= 1 for a, b in zip(twice, (10, 5, 16, 8)))  # in pixels of the picture
+    assert found((32, 16))["cat"][0].mask.shape == (16, 32)  # in pixels of the picture
     classes[0, 16] = 9.0  # a query that may be both
     assert set(found()) == {"cat", "dog"}
     masks[:] = -9
@@ -972,9 +946,7 @@ def test_genevals_table(small):
 
 @parametrize("asked, message", [
     ({}, "its tag is None.*--prompts geneval"), (entry("colour"), "its tag is 'colour', not one of single_"),
-    ({"tag": "colors"}, "its include is no list"), (entry("colors"), "its include is no"),
-    (entry("colors", want("unicorn")), "names no class of COCO's 80"),
-    (entry("colors", {"class": "cat"}), "has no count"), (entry("colors", want("cat", 0)), "has no count"),
+    (entry("colors"), "its include is no list"), (entry("colors", want("cat", 0)), "has no count"),
     (entry("colors", want("cat", color="mauve")), "'mauve' is none of its colors, red, "),
     (entry("position", want("cat", position=["left of", 0])), "no position relative to"),
     (entry("position", want("dog"), want("cat", position=["near", 0])), "no position"),
@@ -1014,9 +986,8 @@ def test_genevals_prompts_reach_every_task_and_class(small):
 
 def test_a_reward_has_prompts_that_suit_it():
     for spec, source in {
-            "ocr": "ocr", "ocr@x:2,vlm": "ocr", "compressibility,ocr": "ocr", "geneval": "geneval",
-            "pickscore": "geneval", "aesthetic": "animals", "vlm": "activities",
-            "pickscore,geneval": "geneval", "unifiedreward": "geneval"}.items():
+            "ocr@x:2,vlm": "ocr", "compressibility,ocr": "ocr", "pickscore": "geneval",
+            "aesthetic": "animals", "vlm": "activities", "vlm,geneval": "geneval"}.items():
         assert rewards.default_prompts(spec) == source in rewards.PROMPTS
 
 
@@ -1142,13 +1113,12 @@ def test_a_users_mistake_ends_in_one_line(leave, monkeypatch, tmp_path, script, 
 
 
 @in_both
-@parametrize("method", ["load_config", "from_pretrained"])
-def test_weights_out_of_reach_end_in_one_line(leave, monkeypatch, tmp_path, script, method):
+def test_weights_out_of_reach_end_in_one_line(leave, monkeypatch, tmp_path, script):
     """Stable Diffusion needs a licence and a connection; the bundled model neither. With `python -X dev` the
     traceback is left."""
     monkeypatch.chdir(tmp_path)
     refuse = Mock(side_effect=OSError("403 Client Error: gated\nand many more lines"))
-    monkeypatch.setattr(diffusers.DiffusionPipeline, method, refuse)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", refuse)
     message = leave(script, "--preset", "tiny", "--model", TINY, "--reward", "compressibility")
     assert "--preset tiny" in message and str(TINY) in message and "gated" in message
     monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))
@@ -1300,19 +1270,22 @@ def test_a_run_starts_from_a_lora(run, leave, copied):
 
 
 @in_both
-def test_unseen_rewards_are_logged_side_by_side(run, script, tmp_path, monkeypatch, capsys):
-    """At every evaluation, on all prompts of --eval-prompts, with a benchmark's details, and never trained
-    on; what is trained on anyway is not scored twice."""
-    monkeypatch.setattr(rewards.Compressibility, "details", {"counting": 0.5, "overall": 0.75})
-    path = tmp_path / "drawbench.txt"
-    path.write_text("a red cube\na blue cube\nthree dogs\n")
-    folder = run(script, "seen", 1, eval_rewards="compressibility,incompressibility", eval_prompts=str(path))
+def test_unseen_rewards_are_logged_side_by_side(run, script, monkeypatch, capsys):
+    """Under their own names at every evaluation, with a benchmark's details, as are the parts of a sum. They
+    are never trained on; what is trained on anyway is not scored twice."""
+    table = {"counting": 0.5, "overall": 0.75}
+    monkeypatch.setattr(rewards.Incompressibility, "details", table)
+    Path("drawn.txt").write_text('a red "cube"\na blue "cube"\n"three" dogs\n')
+    folder = run(script, "seen", 1, reward=f"compressibility:2,ocr@{TINY}", eval_prompts="drawn.txt",
+                 eval_rewards=f"compressibility,incompressibility,ocr@{TINY}/.")  # as if of others
     before, train, after = metrics(folder)
     for line in (before, after):
-        assert line["compressibility"] == -line["incompressibility"] == -line["reward"]
-        assert line["compressibility details"] == {"counting": 0.5, "overall": 0.75}
+        assert line["reward"] == pytest.approx(2 * line["compressibility"] + line["ocr"])
+        assert line["compressibility"] == -line["incompressibility"]
+        assert line["ocr (unseen)"] == line["ocr"]
+        assert line["compressibility details"] == line["incompressibility details"] == table
     assert "compressibility details: counting 0.500  overall 0.750" in capsys.readouterr().out
-    assert "compressibility" not in train
+    assert train.keys().isdisjoint(("ocr (unseen)", "incompressibility")) and "ocr" in train
 
 
 @parametrize("target, fault, message", [
@@ -1450,8 +1423,6 @@ def test_the_flow_sde_keeps_the_marginals(noise_level):
         ode = ode + (t - s) * gaussian_velocity(ode, s, 0.7, 0.5)
     assert x.mean().item() == pytest.approx(0.7, abs=0.01) and x.std().item() == pytest.approx(0.5, abs=0.01)
     assert (x - ode).std() > 0.1 if noise_level else torch.allclose(x, ode)
-    _, log_prob = ddpo.flow_sde_step(v.requires_grad_(), x, s, t, sigmas[1], 0.7, generator=g)
-    assert torch.autograd.grad(log_prob.sum(), v)[0].abs().max() > 0  # what is drawn is fixed
 
 
 @parametrize("advantage, change, live", [(1, 0.3, False), (1, -0.3, True), (-1, 0.3, True), (-1, -0.3, False),
@@ -1515,11 +1486,6 @@ def tiny_sd1(tmp_path_factory):
     return dict(model=str(path), width=32)
 
 
-@pytest.fixture(params=["sd1", "sd3"])
-def any_model(request, tiny_sd1):
-    return tiny_sd1 if request.param == "sd1" else {}
-
-
 def family_with_lora(model, std=0.1, **settings):
     """A model family whose update is away from zero, and its conditions for three prompts and for none."""
     family = ddpo.load_family(short(ddpo, **model, **settings), CPU)
@@ -1536,17 +1502,16 @@ def start(family, args, count=3):
     return torch.randn(count, *shape, generator=seeded())
 
 
-@parametrize("any_model, dtype, guidance", [("sd1", "fp32", 1.0), ("sd1", "bf16", 3.0), ("sd3", "fp32", 3.0)],
-             indirect=["any_model"])
-def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
+@parametrize("model, dtype, guidance", [("sd1", "fp32", 1.0), ("sd1", "bf16", 3.0), ("sd3", "fp32", 3.0)])
+def test_the_first_ratio_is_exactly_one(tiny_sd1, model, dtype, guidance):
     """Sampling and training compute the very same numbers, gradients or not, checkpointed or not. Micro-
     batches, checkpoints and the order of the steps change no gradient."""
-    args, family, layers, cond, uncond = family_with_lora(any_model, dtype=dtype, guidance=guidance)
+    model = tiny_sd1 if model == "sd1" else {}
+    args, family, layers, cond, uncond = family_with_lora(model, dtype=dtype, guidance=guidance)
     noise, shares, R = start(family, args), [torch.arange(3)], args.random_steps
     args.micro_batch = 2
     x0, states, log_probs = ddpo.rollout(family, noise, cond, uncond, shares, args, seeded())
-    assert states.shape == (3, R + 1, *noise.shape[1:]) and log_probs.shape == (3, R)
-    assert torch.equal(states[:, 0], noise) and log_probs.isfinite().all()
+    assert states.shape == (3, R + 1, *noise.shape[1:]) and log_probs.isfinite().all()
 
     def step(steps=range(R), micro_batch=2):
         family.network.zero_grad()
@@ -1566,10 +1531,11 @@ def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
     assert logs["ratio_error"] > 0 and logs["approx_kl"] > 0
 
 
-def test_an_ode_ends_the_walk(any_model):
+@parametrize("model", ["sd1", "sd3"])
+def test_an_ode_ends_the_walk(tiny_sd1, model):
     """After the random steps there is no noise: what was drawn is the step that nobody drew. Every output is
     guided: out(uncond) + w (out(c) - out(uncond)), for a step or a step an image."""
-    args, family, _, cond, uncond = family_with_lora(any_model, random_steps=2)
+    args, family, _, cond, uncond = family_with_lora(tiny_sd1 if model == "sd1" else {}, random_steps=2)
     noise, nothing = start(family, args), [e.expand(3, *e.shape[1:]) for e in uncond]
     x0, states, _ = ddpo.rollout(family, noise, cond, uncond, [torch.arange(3)], args, seeded())
     with torch.no_grad():
