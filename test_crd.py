@@ -250,8 +250,8 @@ def test_the_second_order_is_never_worse_than_euler(velocity):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas.double()
-        euler, second = (crd.sample_ode(velocity, noise, sigmas, order) for order in (1, 2))
-        euler, second = ((x - exact).square().mean() for x in (euler, second))
+        x_euler, x_second = (crd.sample_ode(velocity, noise, sigmas, order) for order in (1, 2))
+        euler, second = ((x - exact).square().mean() for x in (x_euler, x_second))
         assert second <= euler and (steps < 10 or second < 0.7 * euler), (shift, steps)
 
 
@@ -502,7 +502,8 @@ def test_the_bundled_models_read_words_they_never_saw(small, monkeypatch):
 def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
     """In 1,000 bytes; parts are logged unweighted. A flat colour and noise span the range, at any size."""
     images, files = [picture(0, (side, side), flat) for flat in (True, False)], [io.BytesIO(), io.BytesIO()]
-    [image.save(file, "JPEG", quality=95) for image, file in zip(images, files)]
+    for image, file in zip(images, files):
+        image.save(file, "JPEG", quality=95)
     reward, sizes = rewards.load(spec, CPU), torch.tensor([file.tell() / 1000 for file in files])
     scores, parts = reward.score(images, ["", ""], [{}, {}])
     assert_close(scores, weight * sizes)
@@ -1058,12 +1059,11 @@ def leave(monkeypatch, capsys):
 
 MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     *((f"--resume runs/{script.__name__} --{flag}", f"name a run of {script.__name__}.py.* no new .*--lora")
-      for flag in ("preset tiny", "model x", "rank 3", "alpha 3", "lora x")), ("--dtype fp8", "--dtype"),
+      for flag in ("preset tiny", "model x", "rank 3", "alpha 3", "lora x")), ("--lora nowhere", "nowhere"),
     (f"--resume runs/{'crd' if script is ddpo else 'ddpo'}", f"name a run of {script.__name__}.py"),
-    ("--resume nowhere", "--resume nowhere: name a run"), ("--lora nowhere", "nowhere"),
+    ("--resume nowhere", "--resume nowhere: name a run"), ("--preset huge", "--preset: .*'huge'.*'tiny'"),
     ("", "stable-diffusion-.* --preset tiny"), ("--model no/model", "no/model.*--preset tiny"),
-    ("--preset huge", "--preset: .*'huge'.* 'tiny'.$"), ("--reward=", "unknown reward ''"),
-    ("--reward beauty", "unknown reward 'beauty' .* aesthetic, clipscore, compressibility"),
+    ("--reward beauty", "unknown reward 'beauty' .* aesthetic, clips"), ("--reward=", "unknown reward ''"),
     ("--reward ocr@", "nothing after the @"), ("--reward ocr:much", "malformed weight in 'ocr:much'"),
     ("--reward ocr:nan", "malformed weight"), ("--reward ocr:0", "every weight .* is 0"),
     ("--reward ocr,ocr:2", "comes twice"), ("--reward compressibility@here", "no weights to load"),
@@ -1078,16 +1078,14 @@ MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     *((f"{flags}@{TINY}", "draw.txt, line 2: the reward ocr needs .* between double quotes") for flags in (
         "--prompts draw.txt --reward ocr", "--eval-prompts draw.txt --epochs 0 --reward ocr",
         "--eval-prompts draw.txt --eval-rewards ocr")))),
-    (crd, "--groups 3 --steps-per-epoch 2", "--steps-per-epoch"), (crd, "--anchor-adapt often", "--anchor"),
-    (crd, "--rollout-steps 2 --train-timesteps 3", "--train-timesteps"), (crd, "--group-size 1", "alone"),
-    (crd, "--reward-weight 0 --anchor 0", "nothing to learn"), (ddpo, "--algorithm ppo", "--algo.*ppo.*rwr"),
+    (crd, "--groups 3 --steps-per-epoch 2", "--steps-per-epoch"), (crd, "--group-size 1", "alone"),
+    (crd, "--rollout-steps 2 --train-timesteps 3", "--train-timesteps"),
+    (crd, "--reward-weight 0 --anchor 0", "nothing to learn"),
     (ddpo, "--model .", "a FluxPipeline, none of StableDiffusionPipeline"),
     (ddpo, "--algorithm sf --updates 2", "--algorithm is takes several"),
     (ddpo, "--images 10", "--images .*--updates .4"), (ddpo, "--images 12", "--images .*--group-size"),
     (ddpo, "--stat-min 40", "--stat-min.* --stat-buffer"), (ddpo, "--random-steps 11", "of --random-steps"),
     (ddpo, "--train-timesteps 11", "--train-timesteps .* 3 of --random-steps, the first of 10")]
-
-
 FILES = {"blank.txt": "one\n\nthree", "value.jsonl": '{"prompt": "one"}\n{"prompt": }', "empty.txt": "",
          "key.jsonl": '{"prompt": "one"}\n{"text": "two"}', "one.txt": "just one", "a.csv": "one",
          "draw.txt": 'a sign that says "one"\na sign\n' + "".join(f'the word "{i}"\n' for i in range(20)),
@@ -1274,8 +1272,7 @@ def test_unseen_rewards_are_logged_side_by_side(run, script, monkeypatch, capsys
     before, train, after = metrics(folder)
     for line in (before, after):
         assert line["reward"] == pytest.approx(2 * line["compressibility"] + line["ocr"])
-        assert line["compressibility"] == -line["incompressibility"]
-        assert line["ocr (unseen)"] == line["ocr"]
+        assert line["compressibility"] == -line["incompressibility"] and line["ocr (unseen)"] == line["ocr"]
         assert line["compressibility details"] == line["incompressibility details"] == table
     assert "compressibility details: counting 0.500  overall 0.750" in capsys.readouterr().out
     assert train.keys().isdisjoint(("ocr (unseen)", "incompressibility")) and "ocr" in train
