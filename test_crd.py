@@ -1,6 +1,4 @@
-"""What CRD and DDPO claim, each claim a test that fails when the line it guards is broken.
-
-CPU only, no network.
+"""What CRD and DDPO claim, each claim a test that fails when its line is broken. CPU only, no network.
 
     python -m pytest -q test_crd.py
 """
@@ -15,13 +13,12 @@ import os
 import random
 import re
 import shutil
-import statistics
 import sys
 import zlib
-from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 
@@ -116,8 +113,7 @@ def with_lora(model):
 @parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora(dtype):
     """It starts as the identity, and yet it can learn: in float32, also where the model is bf16. Trained and
-    switched off, the model is as pretrained, to the bit; W + (alpha / rank) B A is the adapted layer. An
-    adapter that follows the policy keeps its share of itself, and the others stay."""
+    switched off, the model is as pretrained, to the bit; W + (alpha / rank) B A is the adapted layer."""
     model = small_transformer().to(dtype)
     before, layers = predict(model), crd.add_lora(model, TARGET_MODULES, 2, 6, ADAPTERS)
 
@@ -135,10 +131,6 @@ def test_lora(dtype):
     off, *on = outputs()
     assert torch.equal(off, before)
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations([off, *on], 2))
-    layer = next(iter(layers.values()))
-    B = {name: B.detach().clone() for name, B in layer.B.items()}
-    crd.ema_update(layers, "old", 0.25)
-    assert_close(dict(layer.B), {**B, "old": 0.25 * B["old"] + 0.75 * B["policy"]})
     for layer in layers.values():
         layer.base.weight.data += (6 / 2 * layer.B["policy"].data @ layer.A["policy"].data).to(dtype)
     if dtype == torch.float32:
@@ -169,19 +161,17 @@ def write_lora(path, layers, prefix="transformer", **config):
 
 
 def test_saved_lora_comes_back(tmp_path):
-    """Into another model, of another alpha: the same function, in any adapter. A file of diffusers is as
-    strong as the lora_alpha / r in its metadata. Other shapes and layers, and more than that, are refused."""
-    model, path = small_transformer(), tmp_path / "lora.safetensors"
-    layers, expected = with_lora(model), predict(model)
-    for write, adapter in ((crd.save_lora, "sampler"),
-                           (functools.partial(write_lora, r=2, lora_alpha=6), "policy")):
-        other = small_transformer()
-        fresh = crd.add_lora(other, TARGET_MODULES, 2, 5, ADAPTERS)
-        write(path, layers)
-        crd.load_lora(path, fresh, adapter)
-        for name, output in ((adapter, expected), ("old", predict(small_transformer()))):
-            with crd.use_adapter(fresh, name):
-                assert_close(predict(other), output, rtol=1e-5, atol=1e-6)
+    """Into another model, of another alpha: the same function, in any adapter, the others as they were. Other
+    shapes and layers are refused, and what is more than a plain LoRA."""
+    path, model, other = tmp_path / "lora.safetensors", small_transformer(), small_transformer()
+    layers = with_lora(model)
+    expected, plain = predict(model), predict(other)
+    fresh = crd.add_lora(other, TARGET_MODULES, 2, 5, ADAPTERS)
+    crd.save_lora(path, layers)
+    crd.load_lora(path, fresh, "sampler")
+    for name, output in (("sampler", expected), ("old", plain)):
+        with crd.use_adapter(fresh, name):
+            assert_close(predict(other), output, rtol=1e-5, atol=1e-6)
     for targets, rank, config in ((TARGET_MODULES, 3, {}), (TARGET_MODULES[:2], 2, {}), *(
             (TARGET_MODULES, 2, {key: {"x": 3}}) for key in ("use_rslora", "use_dora", "alpha_pattern",
                                                              "rank_pattern"))):
@@ -192,34 +182,27 @@ def test_saved_lora_comes_back(tmp_path):
 
 # Checkpointing
 
-@in_both
-@parametrize("returns", [lambda y: y, lambda y: (None, y), lambda y: (y.sin(), None, y)])
-def test_checkpointing_changes_memory_not_gradients(script, returns):
+@parametrize("returns", [lambda y: y, lambda y: (y.sin(), None, y)])
+def test_checkpointing_changes_memory_not_gradients(returns):
     """Of a block that returns a tensor, or a tuple with None in it, and takes tensors by keyword. It is run
     again with the adapter of its forward pass, though another is active by then."""
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.to_q = torch.nn.Linear(4, 4)
-
-        def forward(self, x, factor, shift=None, mask=None):
-            return returns((factor * self.to_q(x) + shift).sin().exp().tanh())
+    block, x = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)}), torch.randn(2, 1000, 4).requires_grad_()
+    block.forward = lambda x, k, shift, mask: returns((k * block["to_q"](x) + shift).sin().exp().tanh())
+    layers = trained(crd.add_lora(block, ["to_q"], 2, 4))
 
     def run():
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda x: sizes.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
-            outputs = block(inputs[0], 2.0, shift=inputs[1], mask=None)
+                lambda t: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            outputs = block(x[0], 2.0, shift=x[1], mask=None)
         outputs = [y for y in (outputs if isinstance(outputs, tuple) else [outputs]) if y is not None]
-        with script.use_adapter(layers, None):
-            grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), [inputs, *policy(layers)])
+        with crd.use_adapter(layers, None):
+            grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *policy(layers)])
             assert {layer.active for layer in layers.values()} == {None}
         return (outputs, grads), sum(sizes.values())
 
-    block, inputs = Block(), torch.randn(2, 1000, 4).requires_grad_()
-    layers = trained(script.add_lora(block, ["to_q"], 2, 4))
     expected, plain = run()
-    script.checkpoint_blocks([block], layers)
+    crd.checkpoint_blocks([block], layers)
     found, size = run()
     assert size < plain / 2
     assert_close(found, expected)
@@ -235,8 +218,7 @@ def gaussian_velocity(x, sigma, mean, std):
 
 @parametrize("order, ratio, bound", [(1, 2, 2e-2), (2, 4, 2e-4)])
 def test_sample_ode_converges_to_the_exact_solution(order, ratio, bound):
-    """N(0.7, 1) data: noise z ends at 0.7 + z; twice the steps, half or (but for a log) a quarter error. And
-    at first order a step is x + (t - s) v(x, s), on uneven sigmas too, which must descend to 0."""
+    """N(0.7, 1) data: noise z ends at 0.7 + z; twice the steps, half or (but for a log) a quarter error."""
     noise = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=seeded())
 
     def error(steps):
@@ -246,10 +228,6 @@ def test_sample_ode_converges_to_the_exact_solution(order, ratio, bound):
 
     assert error(160) < bound
     assert error(160) / error(320) == pytest.approx(ratio, rel=0.1)
-    x, sigmas = noise, torch.tensor([1.0, 0.8, 0.3, 0.0], dtype=torch.float64)
-    for s, t in itertools.pairwise(sigmas):
-        x = x + (t - s) * torch.sin(3 * x + s)
-    assert_close(crd.sample_ode(lambda x, s: torch.sin(3 * x + s), noise, sigmas, 1), x)
     for wrong in ([1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [0.5, 1.0, 0.0]):
         with pytest.raises(ValueError, match="must descend to 0"):
             crd.sample_ode(lambda x, s: x, noise, torch.tensor(wrong))
@@ -272,8 +250,8 @@ def test_the_second_order_is_never_worse_than_euler(velocity):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas.double()
-        euler, second = (crd.sample_ode(velocity, noise, sigmas, order) for order in (1, 2))
-        euler, second = ((x - exact).square().mean() for x in (euler, second))
+        x_euler, x_second = (crd.sample_ode(velocity, noise, sigmas, order) for order in (1, 2))
+        euler, second = ((x - exact).square().mean() for x in (x_euler, x_second))
         assert second <= euler and (steps < 10 or second < 0.7 * euler), (shift, steps)
 
 
@@ -283,9 +261,9 @@ RHO = torch.randn(8, dtype=torch.float64, generator=seeded(3))
 
 
 def test_reward_targets():
-    """Each group averages to 1/2, on the scale of the batch's population deviation; a constant added to all
-    rewards changes nothing, one outlier among many ends at the clip. Groups must be whole. Where the mean of
-    a group is weighted, a cold temperature takes its best image and its worst, a hot one all alike."""
+    """Each group averages to 1/2, on the scale of the batch's deviation; a constant added to all rewards
+    changes nothing, an outlier ends at the clip. Where the mean of a group is weighted, a cold temperature
+    takes its best image and its worst, a hot one all alike."""
     centered = REWARDS.view(2, 4) - REWARDS.view(2, 4).mean(1, keepdim=True)
     spread = (REWARDS - REWARDS.mean()).square().mean().sqrt()
     assert_close((TARGETS.view(2, 4) - 0.5) * 10, centered / (spread + 1e-4))
@@ -316,9 +294,8 @@ def loss_and_gradient(rho, targets, **settings):
 @parametrize("tau", [math.inf, 0.2])
 @parametrize("beta, clip", [(1.0, 5.0), (0.7, 2.0)])
 def test_crd_loss_regresses_rho_on_the_reward(beta, clip, tau):
-    """Z(c) cancels: a constant for a prompt, in its rewards or its log-ratios, changes no loss, no gradient.
-    It is the gradient of the squares, rho's mean held still; with the plain mean that changes nothing, at
-    rho = 0 it is -A / N, and it is gone where beta rho, centered, is s."""
+    """Z(c) cancels: a constant for a prompt, in its rewards or log-ratios, changes nothing. The gradient is
+    the squares', rho's mean held still, which at the plain mean changes nothing; at rho = 0 it is -A / N."""
     settings, targets = dict(beta=beta, clip=clip, tau=tau), crd.reward_targets(REWARDS, 4, clip)
     loss, gradient = loss_and_gradient(RHO, targets, **settings)
     offset = torch.tensor([0.0] * 4 + [0.3] * 4, dtype=torch.float64)
@@ -331,7 +308,6 @@ def test_crd_loss_regresses_rho_on_the_reward(beta, clip, tau):
     assert torch.allclose(rho.grad, gradient) == (tau == math.inf)
     if tau == math.inf:
         assert_close(loss_and_gradient(0 * RHO, targets, **settings)[1], -(targets - 0.5) * 2 * clip / 8)
-        assert max(x.abs().max() for x in loss_and_gradient(targets / beta, targets, **settings)) < 1e-9
 
 
 def velocities(count=8, seed=5):
@@ -420,8 +396,6 @@ def test_a_training_step_is_the_objective(weight, anchor, tau):
         assert distance(gradients(layers), expected) < 1e-4
         terms = torch.stack([loss, reward_loss, pull]).detach()
         assert_close(totals[:3].float(), terms, rtol=1e-5, atol=1e-8)
-    assert all(p.grad is None for layer in layers.values() for p in (*layer.A.values(), *layer.B.values())
-               if not p.requires_grad)
 
 
 @parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -464,6 +438,7 @@ def test_ocr_looks_for_the_first_quoted_text_in_what_it_reads(small):
     reward.read = lambda images: reads
     prompts = [f'a sign that says "{text}", not "b"' for text in texts]
     assert scores_of(reward, [picture()] * len(prompts), prompts).tolist() == list(expected)
+    assert all(reward.objection(prompt, {}) for prompt in ("a sign", 'an empty ""', 'one " only'))
 
 
 def test_boxes_of_hand_made_maps():
@@ -481,21 +456,15 @@ def test_boxes_of_hand_made_maps():
     assert [sorted(own) for own in rewards.find_boxes(maps, unclip=0)] == list(expected)
     assert rewards.find_boxes(maps[-2:], unclip=0, most=1) == [[line], [low]]
     assert rewards.find_boxes(maps[1:2]) == [[pytest.approx((10 - grow, 5 - grow, 30 + grow, 13 + grow))]]
-    dots = torch.nn.functional.pad(torch.ones(1, 40, 40, 4, 4), (0, 1, 0, 1)).transpose(2, 3)
-    assert len(rewards.find_boxes(dots.reshape(1, 200, 200))[0]) == 1000
 
 
 def test_blobs_are_those_of_a_slow_flood():
-    """On random masks, where they wind about and touch by their corners."""
-    mask, boxes = torch.rand(3, 24, 24, generator=seeded()) < 0.45, [[], [], []]
+    """On random masks, where they wind about and touch by their corners. Each is named by its last pixel."""
+    mask = torch.rand(3, 24, 24, generator=seeded()) < 0.45
     names = torch.arange(1.0, 1 + mask.numel()).view_as(mask) * mask
     for _ in range(300):
         names = torch.nn.functional.max_pool2d(names, 3, 1, 1) * mask
-    for name in names.unique()[1:]:
-        i, y, x = (names == name).nonzero(as_tuple=True)
-        boxes[i[0]].append((x.min(), y.min(), x.max(), y.max()))
-    found = rewards.find_boxes(mask.float(), box_threshold=0, unclip=0, min_side=0)
-    assert [sorted(own) for own in found] == [sorted(own) for own in boxes] and len(boxes[0]) > 5
+    assert torch.equal(rewards.connected(mask) + 1.0, names[mask]) and len(names.unique()) > 15
 
 
 def test_the_steps_around_the_text_networks():
@@ -528,9 +497,8 @@ def test_the_bundled_models_read_words_they_never_saw(small, monkeypatch):
 
 
 @parametrize("side", [32, 64, 512])
-@parametrize("spec, weight", [
-    ("incompressibility", 1), ("compressibility", -1), ("compressibility:-2", 2),
-    ("compressibility:0.5", -0.5), ("compressibility:2, incompressibility:-0.5", -2.5)])
+@parametrize("spec, weight", [("incompressibility", 1), ("compressibility", -1), ("compressibility:-2", 2),
+                              ("compressibility:2, incompressibility:-0.5", -2.5)])
 def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
     """In 1,000 bytes; parts are logged unweighted. A flat colour and noise span the range, at any size."""
     images, files = [picture(0, (side, side), flat) for flat in (True, False)], [io.BytesIO(), io.BytesIO()]
@@ -546,24 +514,12 @@ def test_jpeg_rewards_their_weighted_sum_and_its_range(side, spec, weight):
     assert side != 512 or reward.range == pytest.approx(sorted((0.6 * weight, 200 * weight)))
 
 
-@parametrize("spec, message", [
-    ("beauty", "unknown reward 'beauty' .* aesthetic, clipscore, compressibility"), ("", "unknown reward ''"),
-    ("ocr@", "nothing after the @"), ("compressibility:much", "malformed weight in 'compressibility:much'"),
-    ("compressibility:nan", "malformed weight"), ("compressibility:0", "every weight .* is 0"),
-    ("compressibility,compressibility:2", "comes twice"), ("compressibility@here", "no weights to load")])
-def test_a_malformed_spec_is_an_error(spec, message):
-    with pytest.raises(ValueError, match=message):
-        rewards.load(spec, CPU)
-
-
 @parametrize("outcome, message", [
     (ValueError("out of memory\nlong advice"), "reward broken failed: ValueError: out of memory$"),
     ([0.5, math.nan], "reward broken gave nan for the prompt 'second'"),
-    ([math.inf, 0.5], "reward broken gave inf for the prompt 'first'"),
     ([0.5], r"reward broken gave scores of shape \(1,\) for 2 images")])
 def test_a_reward_that_fails_stops_with_its_name_in_one_line(outcome, message):
     """It never quietly becomes 0, alone or in a sum."""
-    from unittest.mock import Mock
     alone = rewards.Reward(None, CPU)
     alone.name, alone.measure = "broken", Mock(side_effect=[outcome] * 2)  # which raises an exception
     for reward in (alone, rewards.WeightedSum([(1, rewards.load("compressibility", CPU)), (2, alone)])):
@@ -572,46 +528,19 @@ def test_a_reward_that_fails_stops_with_its_name_in_one_line(outcome, message):
         assert "\n" not in str(error.value)
 
 
-def task(**given):
-    return rewards.load_task(SimpleNamespace(**{**dict(
-        reward="compressibility", prompts=None, eval_prompts=None, eval_images=6, eval_rewards=None,
-        reward_batch=4, seed=0, epochs=1), **given}), CPU)
-
-
 def test_the_task_that_the_settings_ask_for(tmp_path):
     """The reward's own prompts unless others are named; as many held-out ones as asked for, or a file's."""
-    reward, judge, stream, prompts, _ = task(eval_rewards="incompressibility,compressibility:2")
+    task = functools.partial(short, crd, reward="compressibility", prompts=None, eval_images=6)
+    reward, judge, stream, prompts, _ = rewards.load_task(
+        task(eval_rewards="incompressibility,compressibility:2"), CPU)
     assert (reward.name, judge.name) == ("compressibility", "incompressibility") and len(prompts) == 6
     assert next(stream)[0] in some_prompts("animals", "train")
     assert set(prompts) == set(some_prompts("animals", "eval"))
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    _, judge, stream, prompts, metadata = task(prompts="signs", eval_prompts=str(tmp_path / "a.txt"))
+    _, judge, stream, prompts, metadata = rewards.load_task(
+        task(prompts="signs", eval_prompts=str(tmp_path / "a.txt")), CPU)
     assert judge is None and prompts == ("one", "two") and '"' in next(stream)[0]
     assert metadata[1]["where"].endswith("a.txt, line 2")
-
-
-@parametrize("prompt", ["a sign", 'an empty ""', 'one " only'])
-def test_a_prompt_that_cannot_be_scored_is_refused(tmp_path, prompt):
-    """With file and line, before the first image: to train on, to judge with, or held out."""
-    path, ocr = tmp_path / "a.txt", f"ocr@{TINY}"
-    path.write_text(f'a sign that says "one"\n{prompt}\n' + "".join(f'the word "{i}"\n' for i in range(20)))
-    for given in (dict(reward=ocr, prompts=str(path)), dict(eval_rewards=ocr, eval_prompts=str(path)),
-                  dict(reward=ocr, eval_prompts=str(path), epochs=0)):
-        with pytest.raises(ValueError, match="a.txt, line 2: the reward ocr needs .* between double quotes"):
-            task(**given)
-    with pytest.raises(ValueError, match="prompt generator animals: the reward ocr needs"):
-        task(reward=ocr, prompts="animals")
-
-
-def test_what_an_evaluation_says(tmp_path):
-    """The trained reward and its spread over images, its parts, and the unseen ones under their own names."""
-    batch, args = ([picture(), ODD[6]], ["", ""], [{}, {}]), dict(resume=None, epochs=1, wandb=None)
-    trained, judge = map(rewards.load, ("compressibility:2", "compressibility,incompressibility"), (CPU, CPU))
-    progress, (a, b) = dict(epoch=0, step=0, images=0, seconds=0), (-trained(*batch) / 2).tolist()
-    rewards.evaluate(tmp_path, SimpleNamespace(**args), progress, trained, judge, *batch)
-    assert rewards.read_metrics(tmp_path) == [pytest.approx({
-        **progress, "split": "eval", "reward": -a - b, "reward_std": a - b, "compressibility": -(a + b) / 2,
-        "compressibility (unseen)": -(a + b) / 2, "incompressibility": (a + b) / 2})]
 
 
 # Prompts
@@ -631,31 +560,20 @@ def test_no_evaluation_prompt_is_trained_on(source, text):
     assert train == some_prompts(source, "train", count=3000) != some_prompts(source, "train", 1, 3000)
 
 
-@parametrize("name, line", [("words.txt", "{}"), ("words.jsonl", '{{"prompt": "{}", "tag": "counting"}}')])
+@parametrize("name, line", [("words.txt", "%s"), ("train_metadata.jsonl", (
+    '{"tag": "counting", "include": [{"class": "clock", "count": 2}], '
+    '"exclude": [{"class": "clock", "count": 3}], "prompt": "%s"}'))])
 def test_prompts_from_a_file(tmp_path, name, line):
-    """Every line is for training or for evaluation, never both; other keys of a .jsonl line are metadata."""
+    """Every line is for training or for evaluation, never both; other keys of a .jsonl line are metadata, of
+    Flow-GRPO's public files as GenEval wants them."""
     words, source = {f"a {i} b" for i in range(40)}, str(tmp_path / name)
-    Path(source).write_text("\n".join(line.format(word) for word in sorted(words)))
+    Path(source).write_text("\n".join(line % word for word in sorted(words)))
     train, held_out = some_prompts(source, "train"), some_prompts(source, "eval")
     assert set(train) | set(held_out) == words and not set(train) & set(held_out)
     assert len(train) == 400 and 0 < len(held_out) < 20
     _, metadata = next(iter(rewards.prompts(source, "train", 0)))
     assert f"{source}, line " in metadata["where"]
-    assert metadata.get("tag") == ("counting" if "json" in name else None)
-
-
-@parametrize("name, content, message", [
-    ("a.txt", "one\n\nthree", "a.txt, line 2: the prompt is blank"),
-    ("a.jsonl", '{"prompt": "one"}\n{"prompt": }', "a.jsonl, line 2: not JSON"),
-    ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', 'a.jsonl, line 2: needs an object with .*"prompt"'),
-    ("a.txt", "just one", "a.txt has no prompt for the split"), ("a.txt", "", "a.txt holds no prompt"),
-    ("a.csv", "one", "neither .*signs.* nor a .txt or .jsonl"),
-    ("a.txt", None, "cannot read the prompts in .*a.txt: No such file")])
-def test_a_broken_prompt_file_is_an_error_with_file_and_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        [some_prompts(str(tmp_path / name), split) for split in ("train", "eval")]
+    assert (rewards.malformed(metadata) is None) == ("json" in name)
 
 
 # Rewards that are models
@@ -718,16 +636,6 @@ def imagereward_file(model):
     return tensors
 
 
-def small_detector(classes=80):
-    from transformers import Mask2FormerConfig, SwinConfig
-    eyes = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_indices=[1, 2, 3, 4])
-    config = Mask2FormerConfig(
-        backbone_config=eyes, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
-        decoder_layers=2, num_queries=12, num_labels=classes)
-    torch.manual_seed(0)
-    return shaken(rewards.detector_class()(config))
-
-
 def save_small_models(root, patch):
     """{reward: its folder}, with small models of the same classes, and the true constants scaled down."""
     import transformers as hf
@@ -739,12 +647,16 @@ def save_small_models(root, patch):
         for name, value in constants.items():
             patch.setattr(reward, name, value)
     torch.manual_seed(0)
+    swin = hf.SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+                         out_indices=[1, 2, 3, 4])
     language = dict(**WORDS, num_key_value_heads=2, bos_token_id=0, pad_token_id=1)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     clips = "clipscore", "pickscore", "hpsv2", "aesthetic/clip", "geneval/clip"
     models = {
         **dict.fromkeys(clips, hf.CLIPModel(hf.CLIPConfig(**SMALL_CLIP))),
-        "geneval/detector": small_detector(),
+        "geneval/detector": rewards.detector_class()(hf.Mask2FormerConfig(
+            backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
+            decoder_layers=2, num_queries=12, num_labels=80)),
         "vlm/llava": hf.LlavaForConditionalGeneration(hf.LlavaConfig(
             vision_config=dict(model_type="clip_vision_model", **EYES),
             text_config=dict(model_type="llama", **language), image_token_index=IMAGE)),
@@ -773,20 +685,17 @@ def save_small_models(root, patch):
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory):
+def small(tmp_path_factory):
+    """small(name, batch): a reward, with a small model of its kind."""
     with pytest.MonkeyPatch.context() as patch:
-        yield save_small_models(tmp_path_factory.mktemp("models"), patch)
-
-
-@pytest.fixture(scope="session")
-def small(folders):
-    return lambda name, batch=16: rewards.load(f"{name}@{folders[name]}", CPU, batch)
+        folders = save_small_models(tmp_path_factory.mktemp("models"), patch)
+        yield lambda name, batch=16: rewards.load(f"{name}@{folders[name]}", CPU, batch)
 
 
 MODELS = "clipscore pickscore hpsv2 aesthetic imagereward vlm unifiedreward geneval".split()
 ODD = [picture(1), picture(2, (40, 40)), picture(3, (1, 1)), picture(4, (1, 5000)),
        picture(5, (33, 90)).convert("L"), picture(6, (50, 20)).convert("RGBA"), picture(flat=True)]
-TEXTS = ["a cat and a dog", "", "x", "\u732b\u3068\u72ac \u0627", "two red birds " * 60, "a {brace} %", " "]
+TEXTS = ["a cat and a dog", "", "<|image_pad|>", "\u732b\u3068\u72ac", "two red birds " * 60, "{brace}", " "]
 SIGHTS = "hot dog", "handbag", "bottle", "sports ball", "tennis racket", "hot dog", "bottle"  # what it sees
 ENTRIES = [{"tag": "colors", "include": [{"class": name, "count": count, "color": color}]}
            for name, count, color in zip(SIGHTS, (12, 9, 4, 10, 3, 2, 5), rewards.COLORS)]
@@ -795,9 +704,8 @@ NEAR = dict(rtol=1e-3, atol=1e-4)
 
 @parametrize("name", MODELS)
 def test_models_score_images_of_any_size_and_any_text(small, monkeypatch, name):
-    """Neither the batch nor the neighbours change a score; another picture's prompt does."""
-    any_mark = lambda reply: 1 + zlib.crc32(reply.encode()) % 4001 / 1000  # noqa: E731
-    monkeypatch.setattr(rewards, "final_score", any_mark)  # small models write none
+    """Neither the batch nor the neighbours change a score; another prompt does. Its <marks> are letters."""
+    monkeypatch.setattr(rewards, "final_score", lambda reply: 1 + zlib.crc32(reply.encode()) % 4001 / 1000)
     in_pairs, reward, batch = small(name, 2), small(name, 7), (ODD, TEXTS, ENTRIES)
     scores = reward(*batch)
     assert scores.shape == (7,) and scores.isfinite().all() and scores.unique().numel() > 1
@@ -811,7 +719,7 @@ def test_models_score_images_of_any_size_and_any_text(small, monkeypatch, name):
 def test_hpsv2_computes_what_openclip_does(small):
     """Query, key and value apart, projections turned: the features of torch's own attention, to rounding."""
     clip, (text, _) = small("hpsv2").clip, small_openclip()
-    pixels, visual = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), text.visual
+    pixels, visual = torch.randn(2, 3, 32, 32, generator=seeded()), text.visual
     ids = clip.tokenizer(["a cat"], return_tensors="pt").input_ids  # the last one ends the text
     with torch.no_grad():
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
@@ -850,12 +758,6 @@ def test_weights_that_do_not_fit_or_run_code_are_refused(small, tmp_path, change
         rewards.load(f"hpsv2@{tmp_path}", CPU)
 
 
-def test_a_detector_of_other_classes_is_an_error(tmp_path):
-    small_detector(classes=5).save_pretrained(tmp_path / "detector")
-    with pytest.raises(OSError, match="cannot load .*detector .it detects 5 classes, not COCO's 80"):
-        rewards.load(f"geneval@{tmp_path}", CPU)
-
-
 @parametrize("name", ["ocr", *MODELS])
 def test_weights_that_are_not_there_are_an_error_of_one_line(tmp_path, name):
     with pytest.raises(OSError, match=f"^reward {name}: cannot load .*downloads its weights") as error:
@@ -881,13 +783,12 @@ def test_clips_pixels_and_scores_are_the_originals(small):
     x = torch.frombuffer(bytearray(by_hand), dtype=torch.uint8).view(32, 32, 3) / 255
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     x = ((x - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
-    whole, clip = reward.clip.processor([long], return_tensors="pt").pixel_values[0], reward.clip.model
-    ids = reward.clip.tokenizer(["a cat"], return_tensors="pt").input_ids
+    clip, ids = reward.clip.model, reward.clip.tokenizer(["a cat"], return_tensors="pt").input_ids
     with torch.no_grad():
-        cosines = clip(ids, torch.stack([x, whole])).logits_per_text[0] / clip.logit_scale.exp()
-    scores = scores_of(small("clipscore"), [image, long], ["a cat", "a cat"])
-    assert_close(scores, cosines, rtol=0, atol=0.005)
-    assert_close(scores_of(reward, [image, long], ["a cat", "a cat"]) / 14.2857, scores, **NEAR)
+        cosine = clip(ids, x[None]).logits_per_text[0] / clip.logit_scale.exp()
+    score = scores_of(small("clipscore"), [image], ["a cat"])
+    assert_close(score, cosine, rtol=0, atol=0.005)
+    assert_close(scores_of(reward, [image], ["a cat"]) / 14.2857, score, **NEAR)
     changed = long.copy()
     changed.paste((255, 0, 0), (0, 0, 12, 27))
     apart = [scores_of(small(name), [long, changed]).diff().abs() for name in ("hpsv2", "clipscore")]
@@ -904,7 +805,7 @@ def test_bertscore_recall_by_hand():
         assert rewards.bertscore_recall(*vectors) == pytest.approx(recall)
 
 
-def test_the_description_is_the_candidate_in_the_right_layers_vectors(small, folders):
+def test_the_description_is_the_candidate_in_the_right_layers_vectors(small):
     """Those after `layer` layers of the whole model, special tokens left out."""
     from transformers import DebertaModel
     reward, asked, said = small("vlm"), [], ["The image contains a cat", "", "The image contains a cat"]
@@ -912,25 +813,11 @@ def test_the_description_is_the_candidate_in_the_right_layers_vectors(small, fol
     scores = scores_of(reward, ODD[:3], ["a cat", "a cat", "a cat, a dog and eleven birds"])
     assert scores[0] == pytest.approx(1, abs=1e-5) and scores[1] == 0 and scores[2] < 0.999
     assert set(asked) == {"Answer concisely: what is going on in this image?"}
-    whole, words = DebertaModel.from_pretrained(folders["vlm"] + "/deberta").eval(), reward.words
+    words = reward.words
+    whole = DebertaModel.from_pretrained(words.name_or_path, subfolder="deberta").eval()
     with torch.no_grad():
         layers = whole(**words("a cat", return_tensors="pt"), output_hidden_states=True).hidden_states
         assert_close(reward.token_vectors(["a cat", ""]), [layers[2][0, 1:-1], torch.zeros(0, 32)], **NEAR)
-
-
-@parametrize("name", ["vlm", "unifiedreward"])
-def test_a_chat_is_shown_the_picture_and_the_question(small, name):
-    """An image token for each vector of the picture. Special tokens in a question are plain letters."""
-    reward, told = small(name), []
-    generate = reward.model.generate
-    reward.model.generate = lambda **inputs: told.append(inputs) or generate(**inputs)
-    reward.ask(ODD[:2], ["what?", "a longer question"])
-    reward.ask(ODD[:1], ["".join(MARKS)])
-    ids, marked = (inputs["input_ids"] for inputs in told)
-    assert (ids == (IMAGE if name == "vlm" else IMAGE_PAD)).sum(1).tolist() == [16, 16]
-    assert ["question" in text for text in reward.tokenizer.batch_decode(ids)] == [False, True]
-    assert ids[0, 0] == reward.tokenizer.pad_token_id != ids[1, 0] and told[0]["do_sample"] is False
-    assert (marked >= IMAGE).sum() == (ids[1] >= IMAGE).sum()
 
 
 def test_unifiedreward_takes_the_mark_after_final_score(small):
@@ -982,16 +869,14 @@ RED_PLACED = entry("position", want("dog"), want("cat", color="red", position=["
 
 @parametrize("asked, objects, strict, credit", [
     (CAT, "", False, 0), (CAT, "cat cat cat cat", True, -2), (BOTH, "cat", False, 1 / 2),
-    (BOTH, "cat dog", True, 1), (BOTH, "cat cat dog", True, 1 / 2), (CATS, "", False, 0),
-    (CATS, "cat cat", False, 2 / 3), (CATS, "cat cat cat", True, 1), (CATS, "cat cat cat cat", False, 2 / 3),
-    (RED, "cat::red", True, 1), (RED, "cat::blue", False, 1 / 2), (RED, "", False, 0),
+    (BOTH, "cat dog", True, 1), (CATS, "cat cat", False, 2 / 3), (CATS, "cat cat cat", True, 1),
+    (CATS, "cat cat cat cat", False, 2 / 3), (RED, "cat::red", True, 1), (RED, "cat::blue", False, 1 / 2),
     (RED, "cat::red cat::blue", True, 0), (RED, "cat::blue cat::red", False, 0), (PLACED, "", False, 0),
-    (PAIR, "cat::red dog::blue", True, 1), (PAIR, "cat::blue dog::red", False, 1 / 2),
-    (PLACED, "cat dog:right", True, 1), (PLACED, "cat:right dog:left", False, 2 / 3),
-    (PLACED, "cat", False, 1 / 3), (PLACED, "dog", False, 1 / 3), (PLACED, "cat dog", False, 2 / 3),
+    (PAIR, "cat::blue dog::red", False, 1 / 2), (PLACED, "cat dog:right", True, 1),
+    (PLACED, "cat:right dog:left", False, 2 / 3), (PLACED, "cat", False, 1 / 3),
     (PLACED, "cat cat:right dog:right", True, 1 / 3), (PLACED, "cat dog:left dog:right", False, 1 / 3),
-    (RED_PLACED, "cat::red dog:right", True, 1), (RED_PLACED, "dog:right", False, 1 / 3),
-    (RED_PLACED, "cat::blue dog:right", False, 2 / 3), (RED_PLACED, "cat:right:red dog:left", False, 3 / 4)])
+    (RED_PLACED, "cat::red dog:right", True, 1), (RED_PLACED, "cat::blue dog:right", False, 2 / 3),
+    (RED_PLACED, "cat:right:red dog:left", False, 3 / 4)])
 def test_genevals_verdicts_on_hand_made_detections(asked, objects, strict, credit):
     """Strict as the benchmark, which does not mind too many; in part for training. Color before position."""
     assert rewards.as_asked(seen(objects), asked) is strict
@@ -1001,14 +886,11 @@ def test_genevals_verdicts_on_hand_made_detections(asked, objects, strict, credi
 @parametrize("box, expected", [
     ((0, 40, 20, 60), {"left of"}), ((80, 40, 100, 60), {"right of"}), ((40, 0, 60, 20), {"above"}),
     ((40, 80, 60, 100), {"below"}), ((0, 0, 20, 20), {"left of", "above"}), ((40, 40, 60, 60), set()),
-    ((80, 80, 100, 100), {"right of", "below"}), ((44, 40, 64, 60), set()), ((43, 37, 63, 57), set()),
-    ((50, 40, 70, 60), {"right of"}), ((47, 40, 67, 60), set()),  # 6 of 10 are left, but 3 of 7
-    ((80, 52, 100, 72), {"right of"}), ((30, 100, 50, 120), {"below"})])
+    ((44, 40, 64, 60), set()), ((80, 52, 100, 72), {"right of"}),
+    ((50, 40, 70, 60), {"right of"}), ((47, 40, 67, 60), set())])  # 6 of 10 are left, but 3 of 7
 def test_genevals_positions(box, expected):
     """Of a box to (40, 40, 60, 60): by centres, with a dead zone of a tenth of both sides, 4 pixels."""
-    found = {**seen("dog"), "cat": [rewards.Found(0.9, box)]}
-    asked = {x: entry("position", want("dog"), want("cat", position=[x, 0])) for x in rewards.RELATIONS}
-    assert {x for x in asked if rewards.as_asked(found, asked[x])} == expected
+    assert rewards.relations(box, (40, 40, 60, 60)) == expected
 
 
 def test_objects_from_hand_made_logits(small):
@@ -1024,13 +906,11 @@ def test_objects_from_hand_made_logits(small):
             class_queries_logits=classes[None, queries], masks_queries_logits=masks[None, queries])
         return reward.detect([picture(size=size)], [tag])[0]
 
-    assert list(found()) == ["cat"] and [x.box for x in found()["cat"]] == [(10, 5, 16, 8), (3, 2, 7, 4)]
-    sure, other = found()["cat"]
-    assert other.score == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-3)
-    assert sure.mask.sum() == 18 and sure.mask.shape == (8, 16)
+    (name, (sure, other)), = found().items()
+    assert name == "cat" and sure.box == (10, 5, 16, 8) and other.box == (3, 2, 7, 4)
+    assert sure.mask.sum() == 18 and other.score == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-3)
     assert len(found(tag="counting")["cat"]) == 1 and len(found(queries=[1] * 20)["cat"]) == 16
-    twice = found((32, 16))["cat"][0].box
-    assert all(abs(a - 2 * b) <= 1 for a, b in zip(twice, (10, 5, 16, 8)))  # in pixels of the picture
+    assert found((32, 16))["cat"][0].mask.shape == (16, 32)  # in pixels of the picture
     classes[0, 16] = 9.0  # a query that may be both
     assert set(found()) == {"cat", "dog"}
     masks[:] = -9
@@ -1064,9 +944,7 @@ def test_genevals_table(small):
 
 @parametrize("asked, message", [
     ({}, "its tag is None.*--prompts geneval"), (entry("colour"), "its tag is 'colour', not one of single_"),
-    ({"tag": "colors"}, "its include is no list"), (entry("colors"), "its include is no"),
-    (entry("colors", want("unicorn")), "names no class of COCO's 80"),
-    (entry("colors", {"class": "cat"}), "has no count"), (entry("colors", want("cat", 0)), "has no count"),
+    (entry("colors"), "its include is no list"), (entry("colors", want("cat", 0)), "has no count"),
     (entry("colors", want("cat", color="mauve")), "'mauve' is none of its colors, red, "),
     (entry("position", want("cat", position=["left of", 0])), "no position relative to"),
     (entry("position", want("dog"), want("cat", position=["near", 0])), "no position"),
@@ -1083,49 +961,31 @@ def test_genevals_prompts_reach_every_task_and_class(small):
     """Disjoint splits, whatever the order of the objects; the metadata says what the words do, in English."""
     train = list(itertools.islice(rewards.prompts("geneval", "train", 0), 20000))
     held_out, parts = rewards.prompts("geneval", "eval", 0), []
-    assert len(dict(held_out)) == len(held_out) == 512
     for pairs in (train, held_out):
         wants = [want for _, asked in pairs for want in asked["include"]]
         assert len({asked["tag"] for _, asked in pairs[:6]}) == 6 and len({x["class"] for x in wants}) == 80
-        assert {want.get("color") for want in wants} == {None, *rewards.COLORS}
         small("geneval").check(*zip(*pairs))
         parts.append({frozenset(p.removeprefix("a photo of ").split(" and ")) for p, _ in pairs})
-    assert parts[0].isdisjoint(parts[1])
+    assert parts[0].isdisjoint(parts[1]) and len(held_out) == 512
     for prompt, asked in train:
         tag, first, last = asked["tag"], asked["include"][0], asked["include"][-1]
-        assert not ("color" in tag and "person" in prompt)
-        assert tag != "counting" or asked["exclude"] == [want(first["class"], first["count"] + 1)]
-        assert tag != "counting" or {2: " two ", 3: " three ", 4: " four "}[first["count"]] in prompt
-        assert tag != "position" or re.search(
-            rf"{last['class']} {last['position'][0]} .*{first['class']}$", prompt)
+        if tag == "counting":
+            assert asked["exclude"] == [want(first["class"], first["count"] + 1)]
+            assert "zero one two three four".split()[first["count"]] in prompt
+        elif tag == "position":
+            assert re.search(f"{last['class']} {last['position'][0]} .*{first['class']}$", prompt)
+        assert all(x.get("color", "") in prompt for x in asked["include"])
+        assert not re.search(r"\ba [aeio]|\ban [^aeiou]|person.*color", prompt + tag)
     text = "\n".join(prompt for prompt, _ in train)
-    assert not re.search(r"\ba [aeio]|\ban [^aeiou]", text)
-    for words in ("a cat", "an apple", "an umbrella", "a red umbrella", "an orange cup", "a pair of skis",
-                  "two pairs of skis", "a pair of red scissors", "three heads of broccoli", "three knives",
-                  "four people", "two buses", "two wine glasses", "two benches", "two sheep",
-                  "two toothbrushes", "two computer mice"):
+    for words in ("an umbrella", "a red umbrella", "an orange cup", "a pair of red scissors", "three knives",
+                  "two pairs of skis", "three heads of broccoli", "four people", "two buses", "two benches"):
         assert re.search(rf"\b{words}\b", text), words
 
 
-def test_public_prompt_files_load_as_they_are(folders, tmp_path):
-    path, cow = tmp_path / "train_metadata.jsonl", want("cow", position=["left of", 0])
-    lines = [entry("position", want("bench"), cow, prompt="a photo of a cow left of a bench"),  # Flow-GRPO's
-             entry("counting", want("clock", 2), exclude=[want("clock", 3)], prompt="a photo of two clocks")]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    *_, prompts, metadata = task(reward=f"geneval@{folders['geneval']}", eval_prompts=str(path), epochs=0)
-    for line, prompt, found in zip(lines, prompts, metadata, strict=True):
-        assert {**found, "prompt": prompt} == {**line, "where": found["where"]}
-
-
-def test_a_reward_has_a_name_a_range_and_prompts_that_suit_it():
-    for name, reward in rewards.REWARDS.items():
-        assert reward.name == name and reward.range[0] < reward.range[1] and reward.prompts in rewards.PROMPTS
-    assert rewards.normalize(torch.tensor([-600, -500, -250, 0, 9]), (-500, 0)).tolist() == [0, 0, 0.5, 1, 1]
-    for spec, source in {
-            "ocr": "ocr", "ocr@x:2,vlm": "ocr", "compressibility,ocr": "ocr", "geneval": "geneval",
-            "pickscore": "geneval", "aesthetic": "animals", "compressibility": "animals", "vlm": "activities",
-            "pickscore,geneval": "geneval", "unifiedreward": "geneval"}.items():
-        assert rewards.default_prompts(spec) == source
+def test_a_reward_has_prompts_that_suit_it():
+    for spec, source in {"ocr@x:2,vlm": "ocr", "compressibility,ocr": "ocr", "pickscore": "geneval",
+                         "aesthetic": "animals", "vlm": "activities", "vlm,geneval": "geneval"}.items():
+        assert rewards.default_prompts(spec) == source in rewards.PROMPTS
 
 
 # Command line
@@ -1146,59 +1006,39 @@ DDPO = dict(model="CompVis/stable-diffusion-v1-4", reward="compressibility", pro
 
 @parametrize("script, flags, expected", [
     (crd, "", OCR), (crd, "--reward ocr@somewhere", {**OCR, "reward": "ocr@somewhere"}),
-    (crd, "--reward geneval", GENEVAL), (crd, "--preset geneval", GENEVAL),
+    (crd, "--reward geneval", GENEVAL),
     (crd, "--reward compressibility", {**GENEVAL, "reward": "compressibility"}),
+    (crd, "--reward compressibility:2,ocr:1", dict(preset="ocr", name="crd-compressibility-2-ocr-1-seed0")),
+    (crd, "--preset tiny --reward clipscore", dict(name="crd-tiny-clipscore-seed0")),
     (crd, "--preset tiny --lr 0.5 --old-decay 1 0.5 0.25 0.75 --tie-sampler --name x", PRESETS["tiny"] | dict(
         lr=0.5, old_decay=[1, 0.5, 0.25, 0.75], tie_sampler=True, name="x")),
     (ddpo, "", DDPO), (ddpo, "--reward aesthetic", dict(preset="aesthetic", prompts="animals")),
     (ddpo, "--reward vlm", dict(preset="alignment", prompts="activities")),
-    (ddpo, "--preset alignment", dict(reward="vlm", prompts="activities")),
     (ddpo, "--reward ocr", dict(reward="ocr", prompts=None, preset=None, name="ddpo-ocr-is-seed0")),
     (ddpo, "--preset compressibility --reward ocr", dict(reward="ocr", prompts="animals")),
     (ddpo, "--preset tiny --images 48", dict(images=48, prompts="signs", guidance=1))])
 def test_presets_are_the_papers(script, flags, expected):
-    """Without --preset the reward decides. A preset is only defaults: every flag overrides it."""
+    """Without --preset the reward decides. A preset is only defaults: every flag overrides it. The name says
+    what is rewarded, or two rewards would be one run."""
     args = asdict(script.parse(flags.split()))
     assert {key: args[key] for key in expected} == expected
 
 
-@in_both
-def test_the_reward_is_in_the_name(script):
-    """Two rewards are two runs; the order of a sum's parts does not choose another preset."""
-    specs = "pickscore", "clipscore", "clipscore:2", "ocr:1,compressibility:2", "compressibility:2,ocr:1"
-    runs = [script.parse(["--reward", spec, *more]) for more in ([], ["--preset", "tiny"]) for spec in specs]
-    assert len({args.name for args in runs}) == len(runs)
-    assert runs[3].preset == runs[4].preset == ("ocr" if script is crd else None)
-
-
-def test_auto_takes_the_faster_precision(monkeypatch, tmp_path):
-    """bf16 where a CPU multiplies 1.5 times as fast in it, or a GPU has it. The run keeps what was chosen."""
-    monkeypatch.chdir(tmp_path)
-    for speed, expected in ((3, "bf16"), (1.4, "fp32"), (1 / 90, "fp32")):
-        ticks = itertools.accumulate(x for _ in range(99) for x in (0, speed, 0, 1))
-        monkeypatch.setattr(rewards.time, "perf_counter", lambda ticks=ticks: next(ticks))
-        rewards.open_run(args := short(crd, dtype="auto"))
-        assert args.dtype == expected
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, bf16=expected == "bf16", **__: bf16)
-        assert rewards.choose_dtype(torch.device("cuda")) == expected
-
-
-def test_more_images_than_prompts_draw_them_again():
-    """Four animals are held out: of ten images, two or three each."""
-    prompts = rewards.load_task(short(crd, prompts="animals", eval_images=10), CPU)[3]
-    assert len(set(prompts)) == 4 and prompts[:4] == prompts[4:8] and len(prompts) == 10
+@parametrize("speed, expected", [(3, "bf16"), (1.4, "fp32"), (1 / 90, "fp32")])
+def test_auto_takes_the_faster_precision(monkeypatch, speed, expected):
+    """bf16 where a CPU multiplies 1.5 times as fast in it. The run keeps what was chosen."""
+    ticks = itertools.accumulate(x for _ in range(99) for x in (0, speed, 0, 1))
+    monkeypatch.setattr(rewards.time, "perf_counter", lambda: next(ticks))
+    rewards.open_run(args := short(crd, dtype="auto", name="new"))
+    assert args.dtype == expected
 
 
 @in_both
-def test_help_explains_every_setting(script, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "1000")
+def test_help_explains_every_setting(script, capsys):
     with pytest.raises(SystemExit):
         script.parse(["--help"])
-    text = capsys.readouterr().out
-    for field in fields(script.Settings):
-        flag, default = field.name.replace("_", "-"), "" if field.default is None else f" [{field.default}]"
-        sentence = re.escape(field.type.__metadata__[0] + default)
-        assert re.search(rf"--{flag}\b[^\n]*\s+{sentence}\n", text), flag
+    text = re.sub(r"\s", "", capsys.readouterr().out)
+    assert all(re.sub(r"\s", "", field.type.__metadata__[0]) in text for field in fields(script.Settings))
 
 
 @pytest.fixture
@@ -1218,26 +1058,37 @@ def leave(monkeypatch, capsys):
 
 MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     *((f"--resume runs/{script.__name__} --{flag}", f"name a run of {script.__name__}.py.* no new .*--lora")
-      for flag in ("preset tiny", "model x", "rank 3", "alpha 3", "lora x")), ("--dtype fp8", "--dtype"),
+      for flag in ("preset tiny", "model x", "rank 3", "alpha 3", "lora x")), ("--lora nowhere", "nowhere"),
     (f"--resume runs/{'crd' if script is ddpo else 'ddpo'}", f"name a run of {script.__name__}.py"),
-    ("--resume nowhere", "--resume nowhere: name a run"), ("--lora nowhere", "nowhere"),
+    ("--resume nowhere", "--resume nowhere: name a run"), ("--preset huge", "--preset: .*'huge'.*'tiny'"),
     ("", "stable-diffusion-.* --preset tiny"), ("--model no/model", "no/model.*--preset tiny"),
-    ("--preset huge", "--preset: .*'huge'.* 'tiny'.$"), ("--reward beauty", "unknown reward"),
-    ("--reward ocr@nowhere", "cannot load nowhere/ocr-det"), ("--eval-rewards beauty", "unknown reward"),
-    ("--eval-rewards pickscore@nowhere", r"pickscore: cannot load nowhere \(no such folder"),
-    ("--prompts none.txt", "cannot read the prompts in none.txt"),
-    ("--eval-prompts none.txt", "cannot read the prompts in none.txt"),
-    (f"--prompts animals --reward ocr@{TINY}", "generator animals: the reward ocr needs"),
-    (f"--prompts animals --eval-rewards ocr@{TINY}", "animals: the reward ocr needs"),
-    (f"--eval-prompts draw.txt --reward ocr@{TINY}", "draw.txt, line 1: the reward ocr needs the text"))),
-    (crd, "--groups 3 --steps-per-epoch 2", "--steps-per-epoch"), (crd, "--anchor-adapt often", "--anchor"),
-    (crd, "--rollout-steps 2 --train-timesteps 3", "--train-timesteps"), (crd, "--group-size 1", "alone"),
-    (crd, "--reward-weight 0 --anchor 0", "nothing to learn"), (ddpo, "--algorithm ppo", "--algo.*ppo.*rwr"),
+    ("--reward beauty", "unknown reward 'beauty' .* aesthetic, clips"), ("--reward=", "unknown reward ''"),
+    ("--reward ocr@", "nothing after the @"), ("--reward ocr:much", "malformed weight in 'ocr:much'"),
+    ("--reward ocr:nan", "malformed weight"), ("--reward ocr:0", "every weight .* is 0"),
+    ("--reward ocr,ocr:2", "comes twice"), ("--reward compressibility@here", "no weights to load"),
+    ("--eval-rewards ocr@nowhere", r"ocr: cannot load nowhere/ocr-det \(no such folder"),
+    ("--prompts none.txt", "cannot read the prompts in none.txt: No such file"),
+    ("--prompts blank.txt", "blank.txt, line 2: the prompt is blank"),
+    ("--prompts value.jsonl", "value.jsonl, line 2: not JSON"),
+    ("--prompts key.jsonl", 'key.jsonl, line 2: needs an object with .*"prompt"'),
+    ("--prompts one.txt", "one.txt has no prompt for the split"),
+    ("--prompts empty.txt", "empty.txt holds no prompt"), ("--prompts a.csv", "neither .*signs.* nor a .txt"),
+    (f"--prompts animals --reward ocr@{TINY}", "prompt generator animals: the reward ocr needs"),
+    *((f"{flags}@{TINY}", "draw.txt, line 2: the reward ocr needs .* between double quotes") for flags in (
+        "--prompts draw.txt --reward ocr", "--eval-prompts draw.txt --epochs 0 --reward ocr",
+        "--eval-prompts draw.txt --eval-rewards ocr")))),
+    (crd, "--groups 3 --steps-per-epoch 2", "--steps-per-epoch"), (crd, "--group-size 1", "alone"),
+    (crd, "--rollout-steps 2 --train-timesteps 3", "--train-timesteps"),
+    (crd, "--reward-weight 0 --anchor 0", "nothing to learn"),
     (ddpo, "--model .", "a FluxPipeline, none of StableDiffusionPipeline"),
     (ddpo, "--algorithm sf --updates 2", "--algorithm is takes several"),
     (ddpo, "--images 10", "--images .*--updates .4"), (ddpo, "--images 12", "--images .*--group-size"),
     (ddpo, "--stat-min 40", "--stat-min.* --stat-buffer"), (ddpo, "--random-steps 11", "of --random-steps"),
     (ddpo, "--train-timesteps 11", "--train-timesteps .* 3 of --random-steps, the first of 10")]
+FILES = {"blank.txt": "one\n\nthree", "value.jsonl": '{"prompt": "one"}\n{"prompt": }', "empty.txt": "",
+         "key.jsonl": '{"prompt": "one"}\n{"text": "two"}', "one.txt": "just one", "a.csv": "one",
+         "draw.txt": 'a sign that says "one"\na sign\n' + "".join(f'the word "{i}"\n' for i in range(20)),
+         "model_index.json": '{"_class_name": "FluxPipeline"}'}
 
 
 @parametrize("script, flags, message", MISTAKES)
@@ -1247,8 +1098,8 @@ def test_a_users_mistake_ends_in_one_line(leave, monkeypatch, tmp_path, script, 
     for other in (crd, ddpo):
         Path(folder := f"runs/{other.__name__}").mkdir(parents=True)
         Path(folder, "args.json").write_text(json.dumps(asdict(other.Settings())))
-    Path("draw.txt").write_text("a red cube\n")
-    Path("model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for name, content in FILES.items():
+        Path(name).write_text(content)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(script, "generate", lambda *args, **kwargs: pytest.fail("an image was sampled"))
     toy = ["--preset", "tiny", "--reward", "compressibility"] * bool(flags and "--resume" not in flags)
@@ -1256,15 +1107,11 @@ def test_a_users_mistake_ends_in_one_line(leave, monkeypatch, tmp_path, script, 
 
 
 @in_both
-@parametrize("method", ["load_config", "from_pretrained"])
-def test_weights_out_of_reach_end_in_one_line(leave, monkeypatch, tmp_path, script, method):
-    """Stable Diffusion needs a licence and a connection; the bundled model neither. With `python -X dev` the
-    traceback is left."""
-    def refuse(*args, **kwargs):
-        raise OSError("403 Client Error: gated\nand many more lines")
-
+def test_weights_out_of_reach_end_in_one_line(leave, monkeypatch, tmp_path, script):
+    """Such as those that need a licence. With `python -X dev` the traceback is left."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diffusers.DiffusionPipeline, method, refuse)
+    refuse = Mock(side_effect=OSError("403 Client Error: gated\nand many more lines"))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", refuse)
     message = leave(script, "--preset", "tiny", "--model", TINY, "--reward", "compressibility")
     assert "--preset tiny" in message and str(TINY) in message and "gated" in message
     monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))
@@ -1303,20 +1150,18 @@ def run(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session", params=[crd, ddpo], ids=["crd", "ddpo"])
 def finished(request, tmp_path_factory):
-    """A short run of an epoch: its script and folder, what it printed, the captions of its contact sheets."""
-    captions, sheet = [], rewards.contact_sheet
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+    """A short run of an epoch: its script and folder."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("finished"))
-        patch.setattr(rewards, "contact_sheet", lambda *args: captions.append(args[2]) or sheet(*args))
-        folder = request.param.train(short(request.param, name="once", epochs=1, lr=0.01)).resolve()
-    return SimpleNamespace(script=request.param, folder=folder, printed=printed.getvalue(), captions=captions)
+        folder = request.param.train(short(request.param, name="once", epochs=1, lr=0.01))
+        return request.param, folder.resolve()
 
 
 @pytest.fixture
 def copied(finished, run):
     """The script of that run, of which runs/x is a copy."""
-    shutil.copytree(finished.folder, "runs/x")
-    return finished.script
+    shutil.copytree(finished[1], "runs/x")
+    return finished[0]
 
 
 def state(folder, name="last"):
@@ -1333,69 +1178,52 @@ def metrics(folder):
 
 
 def test_a_run_leaves_what_it_promises(finished, monkeypatch):
-    """args.json, metrics, contact sheets, a curve, last/ and best/; its name is not taken twice. What it
-    prints fits a console."""
-    folder, args = finished.folder, short(finished.script, name="once", epochs=1, lr=0.01)
+    """args.json, metrics, contact sheets, a curve, last/ and best/; its name is not taken twice."""
+    script, folder = finished
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {
         "args.json", "metrics.jsonl", "curve.png", "samples/epoch-0000.png", "samples/epoch-0001.png",
         *(f"{name}/{file}" for name in ("last", "best")
           for file in ("state.pt", "pytorch_lora_weights.safetensors"))}
-    given = json.loads(json.dumps(asdict(args)))
-    assert json.loads((folder / "args.json").read_text()) == given  # with nothing filled in
-    before, train, after = rewards.read_metrics(folder)
-    assert train.keys() >= {"reward", "loss", "sample_seconds", "reward_seconds", "train_seconds",
-                            "images_per_second", "peak_gb", "grad_norm"}
-    for line, captions in zip((before, after), finished.captions, strict=True):  # they start with the reward
-        scores = [float(re.match(r"(-?\d+\.\d\d)  \S", caption)[1]) for caption in captions]
-        assert statistics.mean(scores) == pytest.approx(line["reward"], abs=0.01)
+    args = short(script, name="once", epochs=1, lr=0.01)
+    assert json.loads((folder / "args.json").read_text()) == json.loads(json.dumps(asdict(args)))  # as given
+    assert rewards.read_metrics(folder)[1].keys() >= {
+        "reward", "loss", "sample_seconds", "reward_seconds", "train_seconds", "images_per_second", "peak_gb"}
     monkeypatch.chdir(folder.parent.parent)
     with pytest.raises(ValueError, match="runs/once .*--resume runs/once"):
-        finished.script.train(args)
-    printed = [line for line in finished.printed.splitlines() if line.startswith("epoch")]
-    assert len(printed) == 3 and max(map(len, printed)) <= 100, max(printed, key=len)
+        script.train(args)
 
 
 @parametrize("script, settings", [(crd, dict(groups=4, steps_per_epoch=2)), (ddpo, {}), *(
     (ddpo, dict(model="sd1", algorithm=name)) for name in ("is", "sf", "rwr", "rwr-sparse"))])
 def test_resume_equals_not_stopping(run, tiny_sd1, script, settings):
-    """To the bit: adapters, optimizer, random numbers, prompts and their statistics, metrics, the best so
-    far, the LoRA."""
-    settings = {**settings, **(tiny_sd1 if "model" in settings else {}), "eval_every": 1}
+    """To the bit: weights, optimizer, random numbers, prompts, metrics. One evaluation more draws nothing."""
+    settings = {**settings, **(tiny_sd1 if "model" in settings else {})}
     straight, _ = run(script, "straight", 2, **settings), run(script, "stopped", 1, **settings)
-    stopped = run(script, "stopped", 2)
-    assert_close(state(stopped), state(straight), rtol=0, atol=0)
-    assert metrics(stopped) == metrics(straight) and len(metrics(straight)) == 5
-    for lora in ("last/pytorch_lora_weights.safetensors", "best/pytorch_lora_weights.safetensors"):
-        assert (stopped / lora).read_bytes() == (straight / lora).read_bytes()
-    if settings.get("algorithm", "is") in ("is", "sf") and script is ddpo:
-        line = metrics(straight)[1]
-        assert line["first_ratio_error"] == 0
-        assert line.keys() >= {"ratio_error", "clip_fraction", "approx_kl"}
+    found, expected, lines = state(stopped := run(script, "stopped", 2)), state(straight), metrics(stopped)
+    del found["progress"]["best"], expected["progress"]["best"]  # of other evaluations
+    assert_close(found, expected, rtol=0, atol=0)
+    assert lines.pop(2)["split"] == "eval" and lines == metrics(straight) and len(lines) == 4
+    lora = "last/pytorch_lora_weights.safetensors"
+    assert (stopped / lora).read_bytes() == (straight / lora).read_bytes()
+    if script is ddpo and "rwr" not in settings.get("algorithm", "is"):
+        assert lines[1]["first_ratio_error"] == 0
+        assert lines[1].keys() >= {"ratio_error", "clip_fraction", "approx_kl"}
 
 
 @parametrize("change", [{}, dict(reward="compressibility"), dict(eval_images=3)])
 def test_a_finished_run_can_be_extended(run, copied, change):
-    """It keeps the evaluation that ended it, and is otherwise as if it had never ended. Judged in another way
-    it starts a best of its own; else a best that nothing can beat stays."""
-    before, lines = torch.load("runs/x/last/state.pt", weights_only=True), metrics("runs/x")
+    """Judged in another way it starts a best of its own; else a best that nothing can beat stays."""
+    before = torch.load("runs/x/last/state.pt", weights_only=True)
     before["progress"]["best"] = 1e9
     torch.save(before, "runs/x/last/state.pt")
     extended = run(copied, "x", 2, **change)
-    found, more = state(extended), metrics(extended)[3:]
-    assert metrics(extended)[:3] == lines
-    assert [(line["split"], line["epoch"]) for line in more] == [("train", 1), ("eval", 2)]
-    assert found["progress"].pop("best") == (more[-1]["reward"] if change else 1e9)
+    assert state(extended)["progress"]["best"] == (metrics(extended)[-1]["reward"] if change else 1e9)
     assert (state(extended, "best")["progress"]["epoch"] == 2) == bool(change)
-    if not change:
-        expected = state(straight := run(copied, "straight", 2, lr=0.01))
-        del expected["progress"]["best"]
-        assert_close(found, expected, rtol=0, atol=0)
-        assert [*lines[:2], *more] == metrics(straight)
 
 
 @in_both
 def test_the_best_can_be_looked_at_and_gone_on_from(run, monkeypatch, script):
-    """Of a run whose best is its first epoch and not its second."""
+    """Of a run whose best is its first epoch and not its second. A look leaves its curve and sheets alone."""
     bonus = iter([0, 1e4, 0, 1e4, 0])
 
     def measure(self, images, *args):
@@ -1404,8 +1232,10 @@ def test_the_best_can_be_looked_at_and_gone_on_from(run, monkeypatch, script):
 
     monkeypatch.setattr(rewards.Incompressibility, "measure", measure)
     folder = run(script, "x", 2, eval_every=1, lr=0.01)
-    lines, last = metrics(folder), state(folder)
+    lines, last, sheet = metrics(folder), state(folder), folder / "samples" / "epoch-0001.png"
+    sheet.unlink()
     run(script, "x", 0, checkpoint="best")
+    assert (folder / "samples" / "test.png").exists() and not sheet.exists()
     look = {**lines[2], "split": "test"}
     assert metrics(folder) == [*lines, look] and look["reward"] != lines[4]["reward"]
     shutil.rmtree(folder / "last")
@@ -1415,8 +1245,7 @@ def test_the_best_can_be_looked_at_and_gone_on_from(run, monkeypatch, script):
 
 
 def test_a_run_starts_from_a_lora(run, leave, copied):
-    """Of another run, of the other algorithm too; all adapters start there. A run of no epochs only
-    evaluates, and leaves nothing to go on from."""
+    """Of either algorithm, in all adapters. A run of no epochs only evaluates, and cannot be gone on with."""
     other, first = crd if copied is ddpo else ddpo, metrics("runs/x")
     look, = metrics(folder := run(copied, "look", 0, lora="runs/x/last"))
     assert look["split"] == "eval" and look["reward"] == first[-1]["reward"] != first[0]["reward"]
@@ -1428,43 +1257,32 @@ def test_a_run_starts_from_a_lora(run, leave, copied):
         adapters = list(state(run(crd, "still", 1, lora="runs/x/last", lr=0.0))["adapters"].values())
         assert any(x["B.old"].any() for x in adapters)
         assert all(torch.equal(x["B.policy"], x[f"B.{name}"]) for x in adapters for name in ADAPTERS)
-    flags = "--preset tiny --reward compressibility --rank 3 --lora runs/x/last".split()
-    assert re.search("no plain LoRA of .* this rank", leave(copied, *flags))
 
 
 @in_both
-def test_unseen_rewards_are_logged_side_by_side(run, script, tmp_path, monkeypatch, capsys):
-    """At every evaluation, on all prompts of --eval-prompts, with a benchmark's details, and never trained
-    on; what is trained on anyway is not scored twice. Looking at a finished run leaves its curve alone."""
-    monkeypatch.setattr(rewards.Compressibility, "details", {"counting": 0.5, "overall": 0.75})
-    path = tmp_path / "drawbench.txt"
-    path.write_text("a red cube\na blue cube\nthree dogs\n")
-    folder = run(script, "seen", 1, eval_rewards="compressibility,incompressibility", eval_prompts=str(path))
+def test_unseen_rewards_are_logged_side_by_side(run, script, monkeypatch, capsys):
+    """Under their own names at every evaluation, with a benchmark's details, as are the parts of a sum. They
+    are never trained on; what is trained on anyway is not scored twice."""
+    table = {"counting": 0.5, "overall": 0.75}
+    monkeypatch.setattr(rewards.Incompressibility, "details", table)
+    Path("drawn.txt").write_text('a red "cube"\na blue "cube"\n"three" dogs\n')
+    folder = run(script, "seen", 1, reward=f"compressibility:2,ocr@{TINY}", eval_prompts="drawn.txt",
+                 eval_rewards=f"compressibility,incompressibility,ocr@{TINY}/.")  # as if of others
     before, train, after = metrics(folder)
     for line in (before, after):
-        assert line["compressibility"] == -line["incompressibility"] == -line["reward"]
-        assert line["compressibility details"] == {"counting": 0.5, "overall": 0.75}
+        assert line["reward"] == pytest.approx(2 * line["compressibility"] + line["ocr"])
+        assert line["compressibility"] == -line["incompressibility"] and line["ocr (unseen)"] == line["ocr"]
+        assert line["compressibility details"] == line["incompressibility details"] == table
     assert "compressibility details: counting 0.500  overall 0.750" in capsys.readouterr().out
-    assert "compressibility" not in train
-    sheet = (folder / "samples" / "epoch-0001.png").read_bytes()
-    run(script, "seen", 0, reward="compressibility")
-    *others, look = metrics(folder)
-    assert others == [before, train, after] and look["split"] == "test"
-    assert look["reward"] == after["compressibility"] and (folder / "samples" / "test.png").exists()
-    assert (folder / "samples" / "epoch-0001.png").read_bytes() == sheet
-
-
-def half(state, path):
-    Path(path).write_bytes(b"half a checkpoint")
-    raise OSError("killed")
+    assert train.keys().isdisjoint(("ocr (unseen)", "incompressibility")) and "ocr" in train
 
 
 @parametrize("target, fault, message", [
     ("LOSS", lambda x, *args, **settings: (0 * x).sum().sqrt(), "norm nan"),  # 0, of slope 0 times infinity
     ("LOSS", lambda x, *args, **settings: x.sum() * math.nan, "loss is nan"),
     ("rewards.Incompressibility.measure", lambda self, images, *args: [math.nan] * len(images), "gave nan"),
-    ("rewards.Incompressibility.measure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt), "stopped"),
-    ("torch.save", half, "killed")])
+    ("rewards.Incompressibility.measure", Mock(side_effect=KeyboardInterrupt), "stopped"),
+    ("torch.save", lambda state, path: Path(path).write_bytes(b"half") and os.listdir("no disk"), "no disk")])
 def test_what_goes_wrong_leaves_the_finished_epochs(run, leave, copied, monkeypatch, target, fault, message):
     """The optimizer makes no step, a half-written checkpoint is not taken for one, and the run can go on."""
     before, loss = state("runs/x"), "crd.crd_loss" if copied is crd else "ddpo.importance_sampling_loss"
@@ -1491,8 +1309,7 @@ def test_every_switch_runs(run, monkeypatch, sampler, switch):
         return generate(pipe, *args, **kwargs)
 
     monkeypatch.setattr(crd, "generate", spy)
-    train = metrics(run(crd, "switch", 1, **switch))[1]
-    assert all(math.isfinite(train[key]) for key in ("loss", "reward", "grad_norm"))
+    run(crd, "switch", 1, **switch)  # a loss that is not finite would stop it
     assert drawn == ["ema", sampler, "ema"]
 
 
@@ -1506,12 +1323,13 @@ def test_the_average_is_judged_and_saved(run):
             assert_close(saved[f"transformer.{name}.lora_B.weight"], 16 * layer["B.ema"])  # alpha / rank
 
 
-@parametrize("order", [1, 2])
-def test_both_scripts_judge_with_the_same_solver(run, order):
-    settings = {crd: dict(eval_steps=4, eval_guidance=2.0), ddpo: dict(steps=4, guidance=2.0)}
-    found = [metrics(run(script, script.__name__, 0, eval_order=order, eval_images=4, **more))[0]["reward"]
-             for script, more in settings.items()]
-    assert found[0] == pytest.approx(found[1], abs=5e-3)
+def test_both_scripts_judge_with_the_same_solver(run):
+    """Of either order. (In four steps, say, the guard leaves nothing of the second.)"""
+    settings = {crd: dict(eval_steps=10, eval_guidance=2.0), ddpo: dict(steps=10, guidance=2.0)}
+    runs = [run(script, f"{script.__name__}-{order}", 0, eval_order=order, eval_images=4, **more)
+            for order in (1, 2) for script, more in settings.items()]
+    a, b, c, d = (metrics(folder)[0]["reward"] for folder in runs)
+    assert a == pytest.approx(b, abs=2e-3) and c == pytest.approx(d, abs=2e-3) and abs(a - c) > 5e-3
 
 
 def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
@@ -1580,8 +1398,6 @@ def test_ddim_step_is_diffusers(prediction_type, eta):
         assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
     _, log_prob = ddpo.ddim_step(output.requires_grad_(), x, generator=seeded(), **place)
     assert not eta or torch.autograd.grad(log_prob.sum(), output)[0].abs().max() > 0  # what is drawn is fixed
-    with pytest.raises(ValueError, match="'sample': epsilon or v_prediction"):
-        ddpo.ddim_step(output, x, **{**place, "prediction_type": "sample"})
 
 
 @parametrize("noise_level", [0.0, 0.3, 0.7])
@@ -1596,8 +1412,6 @@ def test_the_flow_sde_keeps_the_marginals(noise_level):
         ode = ode + (t - s) * gaussian_velocity(ode, s, 0.7, 0.5)
     assert x.mean().item() == pytest.approx(0.7, abs=0.01) and x.std().item() == pytest.approx(0.5, abs=0.01)
     assert (x - ode).std() > 0.1 if noise_level else torch.allclose(x, ode)
-    _, log_prob = ddpo.flow_sde_step(v.requires_grad_(), x, s, t, sigmas[1], 0.7, generator=g)
-    assert torch.autograd.grad(log_prob.sum(), v)[0].abs().max() > 0  # what is drawn is fixed
 
 
 @parametrize("advantage, change, live", [(1, 0.3, False), (1, -0.3, True), (-1, 0.3, True), (-1, -0.3, False),
@@ -1661,11 +1475,6 @@ def tiny_sd1(tmp_path_factory):
     return dict(model=str(path), width=32)
 
 
-@pytest.fixture(params=["sd1", "sd3"])
-def any_model(request, tiny_sd1):
-    return tiny_sd1 if request.param == "sd1" else {}
-
-
 def family_with_lora(model, std=0.1, **settings):
     """A model family whose update is away from zero, and its conditions for three prompts and for none."""
     family = ddpo.load_family(short(ddpo, **model, **settings), CPU)
@@ -1675,10 +1484,6 @@ def family_with_lora(model, std=0.1, **settings):
     return family.args, family, layers, cond, uncond
 
 
-def blocks_of(family):
-    return [module for module in family.network.modules() if type(module).__name__ in family.blocks]
-
-
 def start(family, args, count=3):
     """x_T of some images."""
     scale = family.pipe.vae_scale_factor
@@ -1686,17 +1491,16 @@ def start(family, args, count=3):
     return torch.randn(count, *shape, generator=seeded())
 
 
-@parametrize("any_model, dtype, guidance", [("sd1", "fp32", 1.0), ("sd1", "bf16", 3.0), ("sd3", "fp32", 3.0)],
-             indirect=["any_model"])
-def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
+@parametrize("model, dtype, guidance", [("sd1", "fp32", 1.0), ("sd1", "bf16", 3.0), ("sd3", "fp32", 3.0)])
+def test_the_first_ratio_is_exactly_one(tiny_sd1, model, dtype, guidance):
     """Sampling and training compute the very same numbers, gradients or not, checkpointed or not. Micro-
     batches, checkpoints and the order of the steps change no gradient."""
-    args, family, layers, cond, uncond = family_with_lora(any_model, dtype=dtype, guidance=guidance)
+    model = tiny_sd1 if model == "sd1" else {}
+    args, family, layers, cond, uncond = family_with_lora(model, dtype=dtype, guidance=guidance)
     noise, shares, R = start(family, args), [torch.arange(3)], args.random_steps
     args.micro_batch = 2
     x0, states, log_probs = ddpo.rollout(family, noise, cond, uncond, shares, args, seeded())
-    assert states.shape == (3, R + 1, *noise.shape[1:]) and log_probs.shape == (3, R)
-    assert torch.equal(states[:, 0], noise) and log_probs.isfinite().all()
+    assert states.shape == (3, R + 1, *noise.shape[1:]) and log_probs.isfinite().all()
 
     def step(steps=range(R), micro_batch=2):
         family.network.zero_grad()
@@ -1705,7 +1509,7 @@ def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
                                      shares[0], steps, args), gradients(layers)
 
     plain = step()
-    ddpo.checkpoint_blocks(blocks_of(family), layers)
+    ddpo.checkpoint_blocks([m for m in family.network.modules() if type(m).__name__ in family.blocks], layers)
     again, others = step(range(R)[::-1]), step(micro_batch=1)[1]
     for logs, gradient in (plain, again):
         assert logs["ratio_error"] == logs["approx_kl"] == 0
@@ -1716,10 +1520,11 @@ def test_the_first_ratio_is_exactly_one(any_model, dtype, guidance):
     assert logs["ratio_error"] > 0 and logs["approx_kl"] > 0
 
 
-def test_an_ode_ends_the_walk(any_model):
+@parametrize("model", ["sd1", "sd3"])
+def test_an_ode_ends_the_walk(tiny_sd1, model):
     """After the random steps there is no noise: what was drawn is the step that nobody drew. Every output is
     guided: out(uncond) + w (out(c) - out(uncond)), for a step or a step an image."""
-    args, family, _, cond, uncond = family_with_lora(any_model, random_steps=2)
+    args, family, _, cond, uncond = family_with_lora(tiny_sd1 if model == "sd1" else {}, random_steps=2)
     noise, nothing = start(family, args), [e.expand(3, *e.shape[1:]) for e in uncond]
     x0, states, _ = ddpo.rollout(family, noise, cond, uncond, [torch.arange(3)], args, seeded())
     with torch.no_grad():
@@ -1749,12 +1554,11 @@ def test_the_baselines_noise_images_as_the_scheduler_does(tiny_sd1, prediction_t
     assert_close(x, crd.add_noise(x0, noise, flow.sigmas[i]))
 
 
-@parametrize("change, message", [
-    (dict(clip_sample=True), "no clip_sample"), (dict(steps_offset=0), "needs steps_offset 1")])
-def test_schedulers_that_the_step_does_not_follow_are_refused(tiny_sd1, change, message):
+@parametrize("change", [dict(clip_sample=True), dict(steps_offset=0)])
+def test_schedulers_that_the_step_does_not_follow_are_refused(tiny_sd1, change):
     family = ddpo.load_family(short(ddpo, **tiny_sd1), CPU)
     family.pipe.scheduler.register_to_config(**change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="needs steps_offset 1 .* and no clip_sample"):
         ddpo.StableDiffusion(family.pipe, family.args, CPU)
 
 
@@ -1797,8 +1601,7 @@ def test_a_lora_gives_the_same_image_in_diffusers(tiny_sd1, tmp_path, script, co
 
 
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(tiny_sd1, monkeypatch):
-    """The score function, over many images, agrees with backpropagation through the whole chain, in whose
-    end, an ODE, the policy is held fixed."""
+    """The score function, over many images, agrees with backpropagation through the whole chain."""
     R, N, g, reward = 2, 2048, seeded(1), lambda x0: x0[:, :3].mean((1, 2, 3))
     args, family, layers, _, uncond = family_with_lora(
         tiny_sd1 | dict(width=4), algorithm="sf", height=4, random_steps=R, guidance=1.0)
@@ -1812,7 +1615,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(tiny_sd1, mo
     monkeypatch.setattr(torch.Tensor, "detach", lambda x: x)  # what was drawn depends on the policy here
     for i in range(args.steps):
         for p in policy(layers):
-            p.requires_grad_(i < R)
+            p.requires_grad_(i < R)  # after the random steps the policy counts as a part of the world
         output = ddpo.guided(family, x, i, cond, uncond, 1.0)
         x, _ = family.step(output, x, i, noise=float(i < R), generator=g)
     for p in policy(layers):
@@ -1826,12 +1629,10 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(tiny_sd1, mo
 # The README
 
 def test_the_readme_points_at_the_code():
-    """Every link to lines of a file starts where the function it names starts, and ends where it ends."""
-    root = Path(__file__).parent
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)-L(\d+)\)", (root / "README.md").read_text())
+    """Every link to lines of a file is to those of the function that it names."""
+    readme = Path(__file__).with_name("README.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\((\w+)\.py#L(\d+)-L(\d+)\)", readme)
     assert len(links) > 10
     for name, file, first, last in links:
-        lines = (root / file).read_text().splitlines()[int(first) - 1:int(last)]
-        assert any(re.match(rf"(def|class) {name}\b", line) for line in lines[:3]), (name, file, first)
-        assert all(line.startswith((" ", ")")) or not line for line in lines[2:]), (name, file, last)
-        assert lines[-1].strip(), (name, file, last)
+        lines, start = inspect.getsourcelines(getattr(sys.modules[file], name))
+        assert (int(first), int(last)) == (start, start + len(lines) - 1), (name, file)
