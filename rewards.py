@@ -11,12 +11,10 @@ A spec is `name[@path-or-repo][:weight]`, several joined by commas. `prompts(sou
 pairs of a prompt and its metadata, a dict that says at least `where` the prompt came from.
 
 To add a reward, subclass `Reward`: give it a `name`, a `range`, a `measure`, an `objection` if it cannot
-score every prompt, and a place in `REWARDS`. Each class says how its reward is hacked, and the licence stated
-with its weights. A reward that fails stops the run. It never quietly becomes 0: an optimiser would learn from
-that zero. No file can run code: weights are read from safetensors, or by torch's weights-only loader.
-
-Models run in float32, as in bf16 the batch could move a pickscore by 0.1. Only the two 7 B models are in bf16
-on a GPU, so that their answers may depend a little on the batch.
+score every prompt, and a place in `REWARDS`. Each class says how its reward is hacked, and the licence of its
+weights. A reward that fails stops the run. It never quietly becomes 0: an optimiser would learn from that
+zero. Weights are read from safetensors or by torch's weights-only loader: no file can run code. Models run in
+float32, as in bf16 the batch could move a pickscore by 0.1, but for the two of 7 B, in bf16 on a GPU.
 """
 
 import contextlib
@@ -41,8 +39,6 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-
-EVAL_SIZE = 512  # evaluation prompts, at most
 
 
 # The interface
@@ -205,10 +201,19 @@ def load_model(kind, path, subfolder="", dtype=torch.float32, **options):
     return model.eval()
 
 
-def load_file(path, filename, subfolder=""):
-    """The tensors of one file, read without unpickling any code."""
-    file = transformers.utils.cached_file(path, filename, subfolder=subfolder)
-    return torch.load(file, map_location="cpu", weights_only=True)
+def load_file(path, filename, names, subfolder=""):
+    """The tensors of one file, no code in it run. `names`, pairs (pattern, replacement), are applied to their
+    names in order; a tensor left without a name is dropped. ValueError if two get the same."""
+    file, renamed = transformers.utils.cached_file(path, filename, subfolder=subfolder), {}
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    for key, tensor in tensors.get("state_dict", tensors).items():
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        if key in renamed:
+            raise ValueError(f"two tensors are named {key}")
+        if key:
+            renamed[key] = tensor
+    return renamed
 
 
 def load_strictly(model, tensors):
@@ -221,18 +226,6 @@ def load_strictly(model, tensors):
                          f"model's tensors it lacks {len(missing)}, as {missing[:1]}")
     model.load_state_dict(tensors)
     return model.eval()
-
-
-def rename(tensors, names):
-    """The dict with `names`, pairs (pattern, replacement), applied to its keys. ValueError if two collide."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)
-        if key in renamed:
-            raise ValueError(f"two tensors are named {key}")
-        renamed[key] = tensor
-    return renamed
 
 
 # File size
@@ -552,7 +545,14 @@ class HPSv2(CLIPScore):
     def load_clip(self, folder, device):
         with device:
             model = transformers.CLIPModel(transformers.CLIPConfig(**self.architecture))
-        return load_strictly(model, from_openclip(load_file(folder, self.file)["state_dict"]))
+        tensors = load_file(folder, self.file, OPENCLIP_NAMES)
+        for key in [key for key in tensors if ".in_proj_" in key]:  # a query, a key and a value in one
+            layer, kind = key.split(".in_proj_")
+            for part, rows in zip("qkv", tensors.pop(key).chunk(3)):
+                tensors[f"{layer}.{part}_proj.{kind}"] = rows
+        for key in {"text_projection.weight", "visual_projection.weight"} & tensors.keys():
+            tensors[key] = tensors[key].T
+        return load_strictly(model, tensors)
 
     def measure(self, images, prompts, metadata):
         side, squares = self.architecture["vision_config"]["image_size"], []
@@ -574,19 +574,6 @@ OPENCLIP_NAMES = (  # OpenCLIP's names to CLIPModel's, applied in order
     (r"\.ln_final\.", ".final_layer_norm."), (r"\.c_proj\.", ".fc2."))
 
 
-def from_openclip(tensors):
-    """An OpenCLIP state dict under the names of transformers' CLIPModel. OpenCLIP keeps an attention's query,
-    key and value in one matrix, and its two projections transposed."""
-    tensors = rename(tensors, OPENCLIP_NAMES)
-    for key in [key for key in tensors if ".in_proj_" in key]:
-        layer, kind = key.split(".in_proj_")
-        for part, rows in zip("qkv", tensors.pop(key).chunk(3)):
-            tensors[f"{layer}.{part}_proj.{kind}"] = rows
-    for key in {"text_projection.weight", "visual_projection.weight"} & tensors.keys():
-        tensors[key] = tensors[key].T
-    return tensors
-
-
 class Aesthetic(Reward):
     """LAION's aesthetic predictor v2, DDPO's aesthetic quality: a rating of 1 to 10 from CLIP ViT-L/14's unit
     image vector, by five linear layers (github.com/christophschuhmann/improved-aesthetic-predictor). The
@@ -597,8 +584,8 @@ class Aesthetic(Reward):
         """path: a folder with `clip`, a CLIPModel's folder, and `head`, which has aesthetic-model.pth."""
         self.clip = CLIP(self.name, path, "clip", "openai/clip-vit-large-patch14", device)
         self.mlp, file = linear_head(self.clip.model.config.projection_dim).to(device), "aesthetic-model.pth"
-        with loading(self.name, path, "head", "trl-lib/ddpo-aesthetic-predictor", file) as place:
-            load_strictly(self.mlp, rename(load_file(place[0], file, place[1]), [(r"^layers\.", "")]))
+        with loading(self.name, path, "head", "trl-lib/ddpo-aesthetic-predictor", file) as (folder, part):
+            load_strictly(self.mlp, load_file(folder, file, [(r"^layers\.", "")], part))
 
     def measure_batch(self, images, prompts):
         return self.mlp(self.clip.images(images)).squeeze(-1)
@@ -628,7 +615,7 @@ class ImageReward(Reward):
         with loading(self.name, path, "", "google-bert/bert-base-uncased") as (folder, _):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         with loading(self.name, path, "", "THUDM/ImageReward", file) as (folder, _), device:
-            self.model = load_strictly(self.build(), from_imagereward(load_file(folder, file)))
+            self.model = load_strictly(self.build(), load_file(folder, file, IMAGEREWARD_NAMES))
 
     @classmethod
     def build(cls):
@@ -646,21 +633,13 @@ class ImageReward(Reward):
         return (self.model["head"](read.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
 
 
-IMAGEREWARD_NAMES = (
+IMAGEREWARD_NAMES = (  # its BLIP's names to those of `ImageReward.build`, which lacks the contrastive heads
+    (r"^blip\.(text|vision)_proj\..*|.*\.position_ids$", ""),
     (r"^blip\.text_encoder", "text"), (r"^blip\.visual_encoder", "vision"), (r"^mlp\.layers", "head"),
     (r"\.cls_token$", ".embeddings.class_embedding"), (r"\.pos_embed$", ".embeddings.position_embedding"),
     (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."), (r"\.blocks\.", ".encoder.layers."),
     (r"\.norm([12])\.", r".layer_norm\1."), (r"^vision\.norm\.", "vision.post_layernorm."),
     (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
-# A buffer of position numbers, and BLIP's contrastive heads, of which the reward makes no use.
-IMAGEREWARD_UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.weight",
-                      "blip.vision_proj.bias", "blip.text_proj.weight", "blip.text_proj.bias")
-
-
-def from_imagereward(tensors):
-    """ImageReward's state dict (BLIP's ViT and med encoder) under the names of `ImageReward.build`."""
-    return rename({key: tensor for key, tensor in tensors.items() if key not in IMAGEREWARD_UNUSED},
-                  IMAGEREWARD_NAMES)
 
 
 # Vision-language models
@@ -1013,11 +992,9 @@ def held_out(text):
 
 def prompts(source, split, seed):
     """Pairs (prompt, metadata) from a generator (a name of `PROMPTS`) or from a .txt or .jsonl file.
-    split "train": endless, decided by `seed`. split "eval": a list of at most EVAL_SIZE, whatever the seed.
+    split "train": endless, decided by `seed`. split "eval": a list of at most 512, whatever the seed.
     No evaluation text (`ocr`), word (`signs`), animal (`animals`) or prompt (others) is ever trained on.
     metadata["where"] says where a prompt came from. ValueError, with file and line, for a bad file."""
-    if split not in ("train", "eval"):
-        raise ValueError(f"the split is train or eval, not {split!r}")
     rng = random.Random(seed if split == "train" else 0)
     if source in PROMPTS:  # a generator yields prompts, or pairs itself
         items = (item if isinstance(item, tuple) else (item, {}) for item in PROMPTS[source](split, rng))
@@ -1031,7 +1008,7 @@ def prompts(source, split, seed):
     if split == "train":
         return pairs
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
-    return list(islice(dict(islice(pairs, 4 * EVAL_SIZE)).items(), EVAL_SIZE))
+    return list(islice(dict(islice(pairs, 2048)).items(), 512))
 
 
 def read_prompt_file(path):
@@ -1241,8 +1218,8 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     sheet = folder / "samples" / ("test.png" if look else f"epoch-{epoch:04d}.png")
     contact_sheet(sheet, images[:16], [f"{r:.2f}  {prompt}" for r, prompt in zip(R[:16].tolist(), prompts)])
     if not look:
-        curves = {split: [reward_curve(folder, split)] for split in ("train", "eval")}
-        plot(folder / "curve.png", {split: runs for split, runs in curves.items() if runs[0]}, reward.name)
+        curves = {split: reward_curve(folder, split) for split in ("train", "eval")}
+        plot(folder / "curve.png", {split: run for split, run in curves.items() if run}, reward.name)
     return R.mean().item()
 
 
@@ -1300,9 +1277,9 @@ def read_metrics(folder):
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
 
 
-def reward_curve(folder, split="eval", x="images"):
-    """A run's points (images scored, mean reward) for `plot`, or with x="seconds" (time spent, reward)."""
-    return [(m[x], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
+def reward_curve(folder, split="eval"):
+    """A run's points (images scored, mean reward), for `plot`."""
+    return [(m["images"], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
 
 
 def write_aside(path, content):
@@ -1329,40 +1306,29 @@ def contact_sheet(path, images, captions, columns=4):
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
-LINE_COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#475569", "#dc2626")
-
-
-def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, size=(900, 560)):
-    """A line chart. curves {label: [runs]}: each run, a list of (x, y), is thin and their mean thick. levels
-    {label: y}: dashed."""
-    levels = levels or {}
-    points = [point for runs in curves.values() for run in runs for point in run]
-    heights = [y for _, y in points] + list(levels.values())
-    right, low, high = max(x for x, _ in points) or 1, min(heights), max(heights)
+def plot(path, curves, ylabel):
+    """A line chart of curves {label: [(images scored, mean reward)]}."""
+    points = [point for curve in curves.values() for point in curve]
+    right = max(x for x, _ in points) or 1
+    low, high = min(y for _, y in points), max(y for _, y in points)
     steps = (digit * 10.0 ** power for power in count(-6) for digit in (1, 2, 5))
     step = next(step for step in steps if high - low <= 8 * step)
     bottom, top = math.floor(low / step), math.floor(high / step) + 1  # the axis, in steps
-    image = Image.new("RGB", (size[0] * 2, size[1] * 2), "white")  # shrunk at the end: smooth lines
+    image = Image.new("RGB", (1800, 1120), "white")  # shrunk at the end: smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=30)
-    width, height = image.width - 200, image.height - 160
 
     def at(x, y):
-        return 140 + width * x / right, 40 + height * (top - y / step) / (top - bottom)
+        return 140 + 1600 * x / right, 40 + 960 * (top - y / step) / (top - bottom)
 
     for y in (i * step for i in range(bottom, top + 1)):
         pen.line([at(0, y), at(right, y)], "#e2e8f0", 2)
         pen.text((124, at(0, y)[1]), f"{y:.4g}", "black", font, "rm")
     for x in (right * i / 4 for i in range(5)):
-        pen.text((at(x, 0)[0], height + 56), f"{x:,.0f}", "black", font, "mt")
-    pen.text((140 + width / 2, height + 104), f"{ylabel}, against {xlabel}", "black", font, "mt")
-    colors = dict(zip([*curves, *levels], cycle(LINE_COLORS)))
-    for label, runs in curves.items():
-        mean = [[sum(values) / len(runs) for values in zip(*points)] for points in zip(*runs)]
-        for run, thickness in [*((run, 2) for run in runs), (mean, 6)]:
-            pen.line([at(*point) for point in run], colors[label], thickness)
-    for label, y in levels.items():
-        for x in range(50):
-            pen.line([at(right * x / 50, y), at(right * (x + 0.6) / 50, y)], colors[label], 4)
+        pen.text((at(x, 0)[0], 1016), f"{x:,.0f}", "black", font, "mt")
+    pen.text((940, 1064), f"{ylabel}, against images scored", "black", font, "mt")
+    colors = dict(zip(curves, ("#2563eb", "#ea580c")))
+    for label, curve in curves.items():
+        pen.line([at(*point) for point in curve], colors[label], 6)
     for i, (label, color) in enumerate(colors.items()):  # the legend, in the top left corner: rewards rise
         pen.text((160, 52 + 44 * i), label, color, font, stroke_width=6, stroke_fill="white")
-    write_aside(path, lambda aside: image.resize(size, Image.LANCZOS).save(aside, "PNG"))
+    write_aside(path, lambda aside: image.resize((900, 560), Image.LANCZOS).save(aside, "PNG"))
