@@ -70,8 +70,7 @@ class Reward:
                 raise ValueError(f"{entry.get('where', f'prompt {i}')}: the reward {self.name} {objection}")
 
     def measure(self, images, prompts, metadata):
-        """A number for each PIL image, as a list or a tensor (B,). A subclass writes this, or measure_batch
-        (images, prompts), which gets at most `batch` at a time."""
+        """Scores (B,), list or tensor. A subclass has this, or measure_batch(images, prompts) for a few."""
         return self.in_batches(self.measure_batch, images, prompts)
 
     def in_batches(self, function, *lists):
@@ -271,13 +270,6 @@ def edit_similarity(target, read):
     return 1 - min(row[-1], len(target)) / len(target)
 
 
-# What PP-OCRv5 is fed, where the preprocessor_config.json of a model does not say otherwise.
-DETECTOR = {"image_mean": (0.406, 0.456, 0.485), "image_std": (0.225, 0.224, 0.229),
-            "limit_side_len": 960, "limit_type": "max"}
-RECOGNISER = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "max_image_width": 3200,
-              "size": {"height": 48, "width": 320}, "pad_size": {"width": 320}}
-
-
 class OCR(Reward):
     """How much of the prompt's quoted text PP-OCRv5 reads in the picture, by `edit_similarity` (Cui et al.
     2025, arXiv 2507.05595). A detector finds lines of text, a recogniser reads each. Unlike theirs, boxes are
@@ -285,16 +277,21 @@ class OCR(Reward):
     the word alone, huge, on an empty ground, or written many times. Weights: Apache 2.0."""
     name, prompts = "ocr", "ocr"
     batch_pixels = 2 ** 22  # in one forward pass: sixteen 512 px pictures. Bounds the memory
+    # What the detector and the recogniser are fed, where their preprocessor_config.json says nothing else.
+    find = {"image_mean": (0.406, 0.456, 0.485), "image_std": (0.225, 0.224, 0.229),
+            "limit_side_len": 960, "limit_type": "max"}
+    spell = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "max_image_width": 3200,
+             "size": {"height": 48, "width": 320}, "pad_size": {"width": 320}}
 
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`; by default PP-OCRv5's server models."""
         self.device = device
         with loading(self.name, path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors") as place:
             self.detector = load_model(transformers.AutoModelForObjectDetection, *place).to(device)
-            self.find = DETECTOR | load_settings(*place)
+            self.find = self.find | load_settings(*place)
         with loading(self.name, path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors") as place:
             self.recogniser = load_model(transformers.AutoModelForTextRecognition, *place).to(device)
-            self.spell = RECOGNISER | load_settings(*place)
+            self.spell = self.spell | load_settings(*place)
             if not self.spell.get("character_list"):
                 raise OSError("its preprocessor_config.json has no character_list")
 
@@ -310,8 +307,8 @@ class OCR(Reward):
         """A str for each PIL image, its lines in reading order, whatever pictures are beside it."""
         pixels = [to_pixels(image).to(self.device) for image in images]
         boxes = self.detect(pixels)
-        lines = iter(self.recognise([x[:, y0:y1, x0:x1] for x, found in zip(pixels, boxes)
-                                     for x0, y0, x1, y1 in found]))
+        crops = [x[:, y0:y1, x0:x1] for x, found in zip(pixels, boxes) for x0, y0, x1, y1 in found]
+        lines = iter(self.recognise(crops))
         return [" ".join(islice(lines, len(found))) for found in boxes]
 
     def detect(self, pixels):
@@ -358,8 +355,6 @@ def to_pixels(image):
 
 def resize(pixels, size):
     """(3, H, W) to (3, *size): bilinear, over all the pixels it shrinks."""
-    if pixels.shape[1:] == tuple(size):
-        return pixels
     return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
@@ -464,9 +459,8 @@ def ctc_decode(scores, characters):
 # CLIP and its kin
 
 class CLIP:
-    """A CLIP model (Radford et al. 2021): pictures and texts to unit vectors (n, d), on its device. Pictures
-    go through the checkpoint's own processor: shortest side to 224, bicubic, the centre cut out, OpenAI's
-    mean and std. Texts have at most 77 tokens, the rest is cut off."""
+    """A CLIP model (Radford et al. 2021): pictures and texts to unit vectors (n, d), on its device. A picture
+    goes through the checkpoint's own processor, which cuts out its centre; a text is cut to 77 tokens."""
 
     def __init__(self, reward, path, subfolder, repository, device, model=None):
         with loading(reward, path, subfolder, repository) as (path, subfolder):
@@ -541,12 +535,20 @@ class HPSv2(CLIPScore):
         hidden_act="gelu", eos_token_id=49407), vision_config=dict(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
         image_size=224, patch_size=14, hidden_act="gelu"))
+    names = (  # OpenCLIP's names to CLIPModel's, applied in order
+        (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
+        (r"^visual\.", "vision_model."), (r"^(positional_|token_|ln_final|transformer)", r"text_model.\1"),
+        (r"\.positional_embedding$", ".embeddings.position_embedding.weight"), (r"\.c_fc\.", ".fc1."),
+        (r"\.(token|class)_embedding", r".embeddings.\1_embedding"), (r"\.ln_([12])\.", r".layer_norm\1."),
+        (r"\.conv1\.", ".embeddings.patch_embedding."), (r"\.transformer\.resblocks\.", ".encoder.layers."),
+        (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."), (r"\.attn\.", ".self_attn."),
+        (r"\.ln_final\.", ".final_layer_norm."), (r"\.c_proj\.", ".fc2."))
 
     def load_clip(self, folder, device):
         with device:
             model = transformers.CLIPModel(transformers.CLIPConfig(**self.architecture))
-        tensors = load_file(folder, self.file, OPENCLIP_NAMES)
-        for key in [key for key in tensors if ".in_proj_" in key]:  # a query, a key and a value in one
+        tensors = load_file(folder, self.file, self.names)
+        for key in [key for key in tensors if ".in_proj_" in key]:  # query, key and value in one matrix
             layer, kind = key.split(".in_proj_")
             for part, rows in zip("qkv", tensors.pop(key).chunk(3)):
                 tensors[f"{layer}.{part}_proj.{kind}"] = rows
@@ -558,20 +560,10 @@ class HPSv2(CLIPScore):
         side, squares = self.architecture["vision_config"]["image_size"], []
         for image in images:  # Pillow's ImageOps.pad fails on slivers
             width, height = (max(round(side * edge / max(image.size)), 1) for edge in image.size)
-            squares.append(Image.new("RGB", (side, side)))
-            squares[-1].paste(image.convert("RGB").resize((width, height), Image.BICUBIC),
-                              ((side - width) // 2, (side - height) // 2))
+            left, top = (side - width) // 2, (side - height) // 2
+            small = image.convert("RGB").resize((width, height), Image.BICUBIC)
+            squares.append(small.crop((-left, -top, side - left, side - top)))  # black around it
         return super().measure(squares, prompts, metadata)
-
-
-OPENCLIP_NAMES = (  # OpenCLIP's names to CLIPModel's, applied in order
-    (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
-    (r"^visual\.", "vision_model."), (r"^(positional_|token_|ln_final|transformer)", r"text_model.\1"),
-    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"), (r"\.attn\.", ".self_attn."),
-    (r"\.(token|class)_embedding", r".embeddings.\1_embedding"), (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.conv1\.", ".embeddings.patch_embedding."), (r"\.transformer\.resblocks\.", ".encoder.layers."),
-    (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."), (r"\.c_fc\.", ".fc1."),
-    (r"\.ln_final\.", ".final_layer_norm."), (r"\.c_proj\.", ".fc2."))
 
 
 class Aesthetic(Reward):
@@ -607,6 +599,13 @@ class ImageReward(Reward):
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                   image_size=224, patch_size=16, layer_norm_eps=1e-6)
     text = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12, vocab_size=30524)
+    names = (  # its own names to those of `build`, which has no use for BLIP's contrastive heads
+        (r"^blip\.(text|vision)_proj\..*|.*\.position_ids$", ""), (r"^mlp\.layers", "head"),
+        (r"^blip\.text_encoder", "text"), (r"^blip\.visual_encoder", "vision"),
+        (r"\.cls_token$", ".embeddings.class_embedding"), (r"\.pos_embed$", ".embeddings.position_embedding"),
+        (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."), (r"\.blocks\.", ".encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."), (r"^vision\.norm\.", "vision.post_layernorm."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
 
     def __init__(self, path, device):
         """path: a folder with ImageReward.pt and the tokenizer of bert-base-uncased."""
@@ -615,7 +614,7 @@ class ImageReward(Reward):
         with loading(self.name, path, "", "google-bert/bert-base-uncased") as (folder, _):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         with loading(self.name, path, "", "THUDM/ImageReward", file) as (folder, _), device:
-            self.model = load_strictly(self.build(), load_file(folder, file, IMAGEREWARD_NAMES))
+            self.model = load_strictly(self.build(), load_file(folder, file, self.names))
 
     @classmethod
     def build(cls):
@@ -631,15 +630,6 @@ class ImageReward(Reward):
         seen = self.model["vision"](clip_pixels(self.processor, images).to(self.device)).last_hidden_state
         read = self.model["text"](tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen)
         return (self.model["head"](read.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
-
-
-IMAGEREWARD_NAMES = (  # its BLIP's names to those of `ImageReward.build`, which lacks the contrastive heads
-    (r"^blip\.(text|vision)_proj\..*|.*\.position_ids$", ""),
-    (r"^blip\.text_encoder", "text"), (r"^blip\.visual_encoder", "vision"), (r"^mlp\.layers", "head"),
-    (r"\.cls_token$", ".embeddings.class_embedding"), (r"\.pos_embed$", ".embeddings.position_embedding"),
-    (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."), (r"\.blocks\.", ".encoder.layers."),
-    (r"\.norm([12])\.", r".layer_norm\1."), (r"^vision\.norm\.", "vision.post_layernorm."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
 
 
 # Vision-language models
@@ -665,10 +655,10 @@ class Chat(Reward):
             questions = [question.replace(token, f"{token[0]} {token[1:]}") for question in questions]
         texts = [self.template.format(image=self.image_token * count, question=question)
                  for count, question in zip(counts, questions)]
-        tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
+                                return_token_type_ids=False)
         if "image_grid_thw" in inputs:  # Qwen wants to be told which tokens are a picture
             tokens["mm_token_type_ids"] = (tokens.input_ids == self.model.config.image_token_id).int()
-        tokens.pop("token_type_ids", None)
         inputs = {key: x.to(self.model.device) for key, x in {**tokens, **inputs}.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         answers = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.new_tokens)
@@ -1019,8 +1009,7 @@ def read_prompt_file(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as cause:
-        reason = getattr(cause, "strerror", None) or cause
-        raise ValueError(f"cannot read the prompts in {path}: {reason}") from cause
+        raise ValueError(f"cannot read the prompts in {path}: {getattr(cause, 'strerror', cause)}") from cause
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
@@ -1029,8 +1018,7 @@ def read_prompt_file(path):
         except json.JSONDecodeError as cause:
             raise ValueError(f"{where}: not JSON ({cause.msg}, column {cause.colno})") from cause
         except (AttributeError, KeyError, TypeError) as cause:
-            example = '{"prompt": "a cat"}'
-            raise ValueError(f'{where}: needs an object with a "prompt", as in {example}') from cause
+            raise ValueError(f'{where}: needs an object with a "prompt", as {{"prompt": "a cat"}}') from cause
         if not prompt:
             raise ValueError(f"{where}: the prompt is blank")
         pairs.append((prompt, {**entry, "where": where}))
@@ -1227,9 +1215,9 @@ def log_epoch(folder, args, progress, R, parts, values, seconds, device):
     """A training epoch's line of metrics.jsonl, and of the console. values: what the algorithm has to say,
     {name: float}. seconds: of the phases sample, reward and train."""
     epoch, rate, memory = progress["epoch"] - 1, len(R) / sum(seconds), peak_gb(device)
-    phases = dict(zip(("sample", "reward", "train"), seconds))
-    speed = {**{f"{phase}_seconds": t for phase, t in phases.items()}, "images_per_second": rate}
-    log(folder, args, progress, "train", epoch, R, parts, {**values, **speed, "peak_gb": memory})
+    speed = {f"{phase}_seconds": t for phase, t in zip(("sample", "reward", "train"), seconds)}
+    speed |= {"images_per_second": rate, "peak_gb": memory}
+    log(folder, args, progress, "train", epoch, R, parts, values | speed)
     formats = {"loss": "loss {:.3f}", "approx_kl": "KL {:.0e}", "clip_fraction": "clipped {:.0%}",
                "grad_norm": "grad {:.2g}"}
     shown = [text.format(values[key]) for key, text in formats.items() if key in values]
@@ -1328,7 +1316,7 @@ def plot(path, curves, ylabel):
     pen.text((940, 1064), f"{ylabel}, against images scored", "black", font, "mt")
     colors = dict(zip(curves, ("#2563eb", "#ea580c")))
     for label, curve in curves.items():
-        pen.line([at(*point) for point in curve], colors[label], 6)
+        pen.line([at(*point) for point in curve], colors[label], 6, "curve")
     for i, (label, color) in enumerate(colors.items()):  # the legend, in the top left corner: rewards rise
         pen.text((160, 52 + 44 * i), label, color, font, stroke_width=6, stroke_fill="white")
     write_aside(path, lambda aside: image.resize((900, 560), Image.LANCZOS).save(aside, "PNG"))
