@@ -144,7 +144,7 @@ def parse_spec(spec):
     """{name[@path-or-repo]: weight} of a spec. ValueError if it is malformed."""
     weights = {}
     for item in map(str.strip, spec.split(",")):
-        head, _, weight = item.rpartition(":") if ":" in item else (item, "", 1)
+        head, _, weight = item.rpartition(":") if ":" in item else (item, "", "1")
         name, at, path = head.partition("@")
         if name not in REWARDS:
             raise ValueError(f"unknown reward {name!r} in {spec!r}: known are {', '.join(sorted(REWARDS))}")
@@ -152,10 +152,9 @@ def parse_spec(spec):
             raise ValueError(f"{item!r} has nothing after the @: name a folder or a repository there")
         if head in weights:
             raise ValueError(f"a reward comes twice in {spec!r}: add the two weights up instead")
-        with contextlib.suppress(ValueError):
-            weights[head] = float(weight)
-        if not math.isfinite(weights.get(head, math.nan)):
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight):
             raise ValueError(f"malformed weight in {item!r}: a number follows the colon, as in {head}:0.5")
+        weights[head] = float(weight)
     if not any(weights.values()):
         raise ValueError(f"every weight in {spec!r} is 0: there is nothing to optimise")
     return weights
@@ -271,10 +270,9 @@ def edit_similarity(target, read):
 
 
 class OCR(Reward):
-    """How much of the prompt's quoted text PP-OCRv5 reads in the picture, by `edit_similarity` (Cui et al.
-    2025, arXiv 2507.05595). A detector finds lines of text, a recogniser reads each. Unlike theirs, boxes are
-    upright: slanted text is cut out slanted, and neither text upside down nor a tall box is turned. Hacked by
-    the word alone, huge, on an empty ground, or written many times. Weights: Apache 2.0."""
+    """How much of the prompt's quoted text PP-OCRv5 (Cui et al. 2025, arXiv 2507.05595) reads in the picture,
+    by `edit_similarity`: a detector finds lines of text, in boxes that are always upright, a recogniser reads
+    each. Hacked by the word alone, huge, on an empty ground, or written many times. Weights: Apache 2.0."""
     name, prompts = "ocr", "ocr"
     batch_pixels = 2 ** 22  # in one forward pass: sixteen 512 px pictures. Bounds the memory
     # What the detector and the recogniser are fed, where their preprocessor_config.json says nothing else.
@@ -399,12 +397,11 @@ def batches(sizes, pixels):
 
 
 def find_boxes(maps, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3, most=1000):
-    """Boxes around the blobs of text maps (B, H, W) in 0..1: a list of (x0, y0, x1, y1) for each, in pixels.
-
-    Differentiable binarisation (Liao et al. 2020, arXiv 1911.08947): maps mark a shrunken core of each line.
-    Pixels above `threshold` that touch, diagonals included, are a blob. The `most` lowest of a map count, if
-    their box is at least `min_side` pixels each way and the map's mean over it at least `box_threshold`. The
-    box then grows by `area * unclip / perimeter` on every side, and may stick out of the map."""
+    """Boxes (x0, y0, x1, y1) in pixels, a list for each of the text maps (B, H, W) in 0..1. Differentiable
+    binarisation (Liao et al. 2020, arXiv 1911.08947): a map marks a shrunken core of each line. Pixels above
+    `threshold` that touch, diagonals included, are a blob. The `most` lowest count, if their box is at least
+    `min_side` pixels each way and the map's mean over it at least `box_threshold`. The box then grows by
+    `area * unclip / perimeter` on every side, and may stick out of the map."""
     mask = maps > threshold
     _, y, x = mask.nonzero(as_tuple=True)
     blobs, blob = connected(mask).unique(return_inverse=True)
@@ -423,7 +420,7 @@ def find_boxes(maps, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3, m
 
 def connected(mask):
     """Connected components (8 neighbours) of masks (B, H, W): a label for each pixel set, in `mask.nonzero()`
-    order. The label is the place, among all pixels of all masks, of the component's last one."""
+    order, which is the place of the component's last pixel among all pixels of all masks."""
     places = torch.arange(mask.numel(), device=mask.device)
     labels = places.view(mask.shape).clone()
     while True:
@@ -490,9 +487,8 @@ def clip_pixels(processor, images):
 
 
 class CLIPScore(Reward):
-    """The cosine of picture and prompt in OpenCLIP's ViT-H-14 (Hessel et al. 2021, arXiv 2104.08718, without
-    their factor and cut at 0). Hacked by the prompt written into the picture, or many small copies of its
-    objects. Weights: MIT."""
+    """The cosine of picture and prompt in OpenCLIP's ViT-H-14 (Hessel et al. 2021, arXiv 2104.08718, but for
+    their factor and cut at 0). Hacked by the prompt written into the picture. Weights: MIT."""
     name, range, prompts = "clipscore", (0.0, 0.4), "geneval"
     weights, file = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ""
 
@@ -515,8 +511,8 @@ class CLIPScore(Reward):
 
 class PickScore(CLIPScore):
     """Human preference (Kirstain et al. 2023, arXiv 2305.01569): ViT-H-14 fine-tuned on Pick-a-Pic, its
-    cosine times its temperature, about 100 (github.com/yuvalkirstain/PickScore; some public codes divide by
-    26). Hacked by glossy, busy pictures, with more detail than was asked for. Weights: none stated."""
+    cosine times its temperature, about 100 (some codes divide by 26). Hacked by glossy, busy pictures, with
+    more detail than was asked for. Weights: none stated."""
     name, range, weights = "pickscore", (16.0, 26.0), "yuvalkirstain/PickScore_v1"
 
     def measure(self, images, prompts, metadata):
@@ -524,10 +520,9 @@ class PickScore(CLIPScore):
 
 
 class HPSv2(CLIPScore):
-    """Human preference score v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine in OpenCLIP's ViT-H-14,
-    fine-tuned on HPD v2. Inputs as in github.com/tgxs002/HPSv2: longest side to 224, bicubic (antialiased, as
-    torchvision does it from 0.17 on), black bars to a square. Hacked by one smooth style of illustration,
-    high in contrast. Weights: Apache 2.0."""
+    """Human preference score v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine in a ViT-H-14 fine-tuned on
+    HPD v2. As in github.com/tgxs002/HPSv2, the longest side goes to 224, bicubic (antialiased), with black
+    bars to a square. Hacked by one smooth style of illustration, high in contrast. Weights: Apache 2.0."""
     name, range = "hpsv2", (0.1, 0.4)
     weights, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
     architecture = dict(projection_dim=1024, text_config=dict(
@@ -567,9 +562,9 @@ class HPSv2(CLIPScore):
 
 
 class Aesthetic(Reward):
-    """LAION's aesthetic predictor v2, DDPO's aesthetic quality: a rating of 1 to 10 from CLIP ViT-L/14's unit
-    image vector, by five linear layers (github.com/christophschuhmann/improved-aesthetic-predictor). The
-    prompt plays no part: any subject may drift into a painting of anything. Weights: none stated."""
+    """LAION's aesthetic predictor v2, DDPO's aesthetic quality: 1 to 10, from CLIP ViT-L/14's image vector by
+    five linear layers (github.com/christophschuhmann/improved-aesthetic-predictor). Hacked by painting
+    anything: the prompt plays no part. Weights: none stated."""
     name, range = "aesthetic", (1.0, 10.0)
 
     def __init__(self, path, device):
@@ -590,10 +585,9 @@ def linear_head(width):
 
 
 class ImageReward(Reward):
-    """Human preference (Xu et al. 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt with an eye
-    on the picture, and a head turns its first token into a score, standardised by the authors' constants.
-    Inputs as in github.com/THUDM/ImageReward: pictures as CLIP has them; the prompt in BERT's lower-case
-    tokens, padded or cut to 35. Hacked by oversaturated close-ups. Weights: Apache 2.0."""
+    """Human preference (Xu et al. 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt's first 35
+    tokens with an eye on the picture, and a head turns the first into a score, standardised by the authors'
+    constants (github.com/THUDM/ImageReward). Hacked by oversaturated close-ups. Weights: Apache 2.0."""
     name, range, prompts = "imagereward", (-2.0, 2.0), "geneval"
     mean, std, length = 0.16717362830052426, 1.0333394966054072, 35
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -635,10 +629,10 @@ class ImageReward(Reward):
 # Vision-language models
 
 class Chat(Reward):
-    """Base: a vision-language model that looks at a picture and answers a question, greedily. A subclass has
-    `classes`, of the model and of its processor in transformers; `weights`, a subfolder and a repository;
-    `template`, the conversation in the form the model was trained on, whose {image} becomes one `image_token`
-    for each vector that the picture is seen as; and `see`, from pictures to inputs and counts of vectors."""
+    """Base: a vision-language model answers a question about a picture, greedily. A subclass has `classes`,
+    of model and processor; `weights`, a subfolder and a repository; `template`, the conversation as in
+    training, whose {image} becomes an `image_token` for each vector of the picture; and `see`, which turns
+    pictures into inputs and counts of vectors."""
 
     def __init__(self, path, device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -667,9 +661,8 @@ class Chat(Reward):
 
 
 class VLM(Chat):
-    """DDPO's prompt alignment (Black et al. 2023): LLaVA says what it sees, and BERTScore's recall says how
-    much of `The image contains {prompt}` is in that. As in github.com/kvablack/ddpo-pytorch and LLaVA-server,
-    but for an older LLaVA there, fed JPEGs of quality 80: this is LLaVA 1.5, fed the picture at 336 px.
+    """DDPO's prompt alignment (Black et al. 2023): LLaVA says what it sees, and BERTScore's recall how much
+    of `The image contains {prompt}` is in that (github.com/kvablack/ddpo-pytorch, with an older LLaVA).
     Hacked by letters that name what was asked for. Weights: Llama 2 community (LLaVA), MIT (DeBERTa)."""
     name, range, prompts = "vlm", (0.0, 1.0), "activities"
     template, image_token, new_tokens = "USER: {image}\n{question} ASSISTANT:", "<image>", 64
@@ -707,8 +700,7 @@ class VLM(Chat):
 
 def bertscore_recall(candidate, reference):
     """The mean, over the tokens of the reference (m, d), of the best cosine with one of the candidate (n, d):
-    Zhang et al. 2020, arXiv 1904.09675. No idf weights and no rescaling by a baseline, as DDPO has it.
-    (The bert_score package lets a word match special tokens, which are left out here.)"""
+    Zhang et al. 2020, arXiv 1904.09675, without idf weights, a baseline or special tokens."""
     if not len(candidate) or not len(reference):
         return 0.0
     cosines = F.normalize(reference, dim=-1) @ F.normalize(candidate, dim=-1).T
@@ -716,10 +708,10 @@ def bertscore_recall(candidate, reference):
 
 
 class UnifiedReward(Chat):
-    """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv 2503.05236).
-    Question and picture, resized to 512 x 512 whatever its shape, are those of github.com/yifan123/flow_grpo.
-    A reply without a mark after `Final Score:` is asked for once more, in other words; then the reward fails.
-    Marks are coarse and kind. Hacked by text in the picture that speaks to the judge. Weights: MIT."""
+    """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv 2503.05236),
+    with the question of github.com/yifan123/flow_grpo. A reply without a mark is asked for once more, then
+    the reward fails. Marks are coarse and kind. Hacked by text in the picture that speaks to the judge.
+    Weights: MIT."""
     name, range, prompts = "unifiedreward", (1.0, 5.0), "geneval"
     template = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"  # Qwen's
                 "<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n")
@@ -784,14 +776,12 @@ class Found:  # an object that was detected
 
 
 class GenEval(Reward):
-    """Are the objects, counts, colors and positions as asked? (Ghosh et al. 2023, arXiv 2310.11513.)
-
-    The reward is `partial_credit`, for training. `details` has the benchmark's table: for each task the share
-    of pictures that are `as_asked`, and `overall`, the mean over tasks. As in github.com/djghosh13/geneval,
-    Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names their colors, cut out on grey. Not
-    quite the benchmark: the checkpoint is the Mask2Former authors', not mmdet's own, and sides go to
-    multiples of 32 where mmdet pads. Hacked by objects that look pasted, apart from each other, without style
-    or background. Weights: "other" (Mask2Former), none stated (CLIP)."""
+    """Are the objects, counts, colors and positions as asked? (Ghosh et al. 2023, arXiv 2310.11513.) As in
+    github.com/djghosh13/geneval, Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names
+    their colors, cut out on grey; but the checkpoint is the Mask2Former authors', not mmdet's, and sides go
+    to multiples of 32. The reward is `partial_credit`; `details` has the benchmark's table, for each task the
+    share of pictures that are `as_asked`, and their mean `overall`. Hacked by objects that look pasted, apart
+    from each other, without background. Weights: "other" (Mask2Former), none stated (CLIP)."""
     name, prompts = "geneval", "geneval"
     threshold, counting_threshold = 0.3, 0.9  # of a score, the second where objects are counted
     shortest, longest = 800, 1333             # sides that the detector sees, at most
@@ -863,10 +853,10 @@ def detector_class():
 
 
 def instances(class_logits, mask_logits, size, threshold, most=16):
-    """Mask2Former's output for one picture, class_logits (Q, 81), the last for no object, and mask_logits
-    (Q, h, w), to {class: [Found, best first]}, those above the threshold. A query may stand for several
-    classes. The score is the class's probability times the mean of the mask's where that is above a half
-    (Cheng et al. 2022, arXiv 2112.01527). size: (height, width) of the picture."""
+    """{class: [Found, best first]} from Mask2Former's class_logits (Q, 81), the last for no object, and
+    mask_logits (Q, h, w), for a picture of size (height, width). A query may stand for several classes. The
+    score is the class's probability times the mean of the mask's above a half (Cheng et al. 2022, arXiv
+    2112.01527)."""
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
     scores, index = class_logits.float().softmax(-1)[:, :-1].flatten().topk(queries)
     index, scores = index[scores > threshold], scores[scores > threshold]  # a mask can only lower them
@@ -892,9 +882,8 @@ def cut_out(image, found):
 
 
 def relations(a, b):
-    """Which of RELATIONS the box a is in to the box b: none, one or two, judged by their centres. Along each
-    axis, a tenth of the sum of the two sides does not count. What is left of the offset has to be more than
-    half of the whole distance."""
+    """Which of RELATIONS the box a is in to the box b: none, one or two, by their centres. Along each axis a
+    tenth of the two sides does not count; what is left has to be more than half of the whole distance."""
     sides = [a[i + 2] - a[i] + b[i + 2] - b[i] for i in (0, 1)]
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     distance = math.hypot(*offset) or 1
@@ -903,9 +892,8 @@ def relations(a, b):
 
 
 def as_asked(objects, entry):
-    """The benchmark's verdict: all that is to be included is there, and nothing that is to be excluded. Of
-    each class to include, the best `count` objects are judged: enough of them, all of the color, each in its
-    relation to each of a group. objects {class: [Found, best first]}; entry: GenEval's metadata."""
+    """The benchmark's verdict on objects {class: [Found, best first]}: nothing that is to be excluded, and of
+    each class to include the best `count`, all of the color, each in its relation to each of a group."""
     groups = []
     for want in entry["include"]:
         found = objects.get(want["class"], [])[:want["count"]]
@@ -925,12 +913,10 @@ def placed(found, want, groups):
 
 
 def partial_credit(objects, entry):
-    """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025).
-
-    A count n gets 1 - |n - found| / n, below 0 for more than twice as many; a color the same with the objects
-    of that color. A position gets 1 or 0, and is judged only where the color, if one is asked for, is right.
-    Where the count is wrong, color and position get one 0 between them. As in github.com/yifan123/
-    reward-server, but that a wrong position gets its 0 alone: there a 1 follows it."""
+    """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025). A count n
+    gets 1 - |n - found| / n, below 0 for more than twice as many; a color the same with the objects of that
+    color; a position 1 or 0, judged where the color is right. Where the count is wrong, color and position
+    get one 0 in all. (In github.com/yifan123/reward-server a 1 follows a wrong position's 0.)"""
     credit, groups = [], []
     for want in entry["include"]:
         found, n = objects.get(want["class"], []), want["count"]
@@ -981,10 +967,10 @@ def held_out(text):
 
 
 def prompts(source, split, seed):
-    """Pairs (prompt, metadata) from a generator (a name of `PROMPTS`) or from a .txt or .jsonl file.
-    split "train": endless, decided by `seed`. split "eval": a list of at most 512, whatever the seed.
-    No evaluation text (`ocr`), word (`signs`), animal (`animals`) or prompt (others) is ever trained on.
-    metadata["where"] says where a prompt came from. ValueError, with file and line, for a bad file."""
+    """Pairs (prompt, metadata) of a generator (a name of `PROMPTS`) or a .txt or .jsonl file: for "train"
+    endless, decided by `seed`; for "eval" a list of at most 512, whatever the seed. No evaluation text
+    (`ocr`), word (`signs`), animal (`animals`) or prompt (others) is ever trained on. metadata["where"] says
+    where a prompt came from. ValueError, with file and line, for a bad file."""
     rng = random.Random(seed if split == "train" else 0)
     if source in PROMPTS:  # a generator yields prompts, or pairs itself
         items = (item if isinstance(item, tuple) else (item, {}) for item in PROMPTS[source](split, rng))
@@ -1093,9 +1079,9 @@ PORTIONS = {"skis": "pair", "scissors": "pair", "broccoli": "head"}  # counted b
 
 
 def geneval_prompts(split, rng):
-    """GenEval's six tasks in turn over COCO's 80 classes: pairs (prompt, metadata), the metadata as in its
-    evaluation_metadata.jsonl. Worded as there, with better grammar: two knives, a pair of red skis.
-    Prompts that differ only in the order of their objects are in one split (Flow-GRPO, Liu et al. 2025)."""
+    """GenEval's six tasks in turn over COCO's 80 classes, with metadata as in its evaluation_metadata.jsonl,
+    and plurals. Prompts that differ only in the order of objects share a split (Flow-GRPO, Liu et al.
+    2025)."""
     for task in cycle(TASKS):
         parts = None
         while parts is None or held_out(" and ".join(sorted(parts))) != (split == "eval"):
@@ -1148,10 +1134,9 @@ def open_run(args):
 
 
 def load_task(args, device):
-    """What the settings of a script ask for: (reward, judge, stream, prompts, metadata).
-    judge: the rewards of --eval-rewards that are not trained on, or None. stream: endless training pairs
-    (prompt, metadata). prompts, metadata: the held-out ones, `eval_images` of them or all of --eval-prompts.
-    ValueError or OSError, of one line, for what cannot be loaded and for a prompt that cannot be scored."""
+    """What the settings of a script ask for: (reward, judge, stream, prompts, metadata). judge: the rewards
+    of --eval-rewards not trained on, or None. stream: endless training pairs. prompts, metadata: the held-out
+    ones. ValueError or OSError, of one line, for what cannot be loaded or scored."""
     source = args.prompts or default_prompts(args.reward)
     stream, held_out = (prompts(source, split, args.seed) for split in ("train", "eval"))
     texts, metadata = zip(*(read_prompt_file(args.eval_prompts) if args.eval_prompts else
@@ -1190,8 +1175,7 @@ def hush():
 
 def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     """Score held-out images and show them: a line of metrics.jsonl and of the console, a contact sheet, the
-    run's curve. A mere look at a run, --resume DIR --epochs 0, is logged as `test` and is no part of its
-    curve. Returns the mean of the trained reward."""
+    curve. A mere look, --resume DIR --epochs 0, is logged as `test`. Returns the trained reward's mean."""
     R, parts = reward.score(images, prompts, metadata)
     unseen = judge.score(images, prompts, metadata)[1] if judge else {}
     parts |= {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
@@ -1212,8 +1196,8 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
 
 
 def log_epoch(folder, args, progress, R, parts, values, seconds, device):
-    """A training epoch's line of metrics.jsonl, and of the console. values: what the algorithm has to say,
-    {name: float}. seconds: of the phases sample, reward and train."""
+    """A training epoch's line of metrics.jsonl and of the console. values: {name: float}, what the algorithm
+    has to say. seconds: of the phases sample, reward and train."""
     epoch, rate, memory = progress["epoch"] - 1, len(R) / sum(seconds), peak_gb(device)
     speed = {f"{phase}_seconds": t for phase, t in zip(("sample", "reward", "train"), seconds)}
     speed |= {"images_per_second": rate, "peak_gb": memory}
@@ -1271,8 +1255,7 @@ def reward_curve(folder, split="eval"):
 
 
 def write_aside(path, content):
-    """Write a text, or call content(aside), on a path beside `path`; then rename. A killed save leaves the
-    previous file."""
+    """Write a text, or call content(aside), beside `path`, then rename: a killed save leaves the old file."""
     aside = Path(f"{path}.aside")
     aside.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(content) if isinstance(content, str) else content(aside)
