@@ -290,8 +290,7 @@ class OCR(Reward):
         with loading(self.name, path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors") as place:
             self.recogniser = load_model(transformers.AutoModelForTextRecognition, *place).to(device)
             self.spell = self.spell | load_settings(*place)
-            if not self.spell.get("character_list"):
-                raise OSError("its preprocessor_config.json has no character_list")
+            self.characters = self.spell["character_list"]
 
     def objection(self, prompt, metadata):
         if quoted(prompt) is None:
@@ -326,15 +325,15 @@ class OCR(Reward):
         """Lines of text (3, h, w) in 0..255 to a list of str."""
         height, full = self.spell["size"]["height"], self.spell["size"]["width"]
         widths = [line_width(*crop.shape[1:], height, full) for crop in crops]
-        sizes = [(height, min(width, self.spell["max_image_width"])) for width in widths]
+        widths = [min(width, self.spell["max_image_width"]) for width in widths]
         # Padded to whole steps of 32, so that lines share a batch and the padding depends on the line alone.
-        padded = [max(self.spell["pad_size"]["width"], math.ceil(width / 32) * 32) for _, width in sizes]
+        padded = [max(self.spell["pad_size"]["width"], math.ceil(width / 32) * 32) for width in widths]
         texts = [None] * len(crops)
         for rows in batches([(height, width) for width in padded], self.batch_pixels):
-            lines = [standardized(crops[i], sizes[i], self.spell) for i in rows]
+            lines = [standardized(crops[i], (height, widths[i]), self.spell) for i in rows]
             x = torch.stack([F.pad(line, (0, padded[rows[0]] - line.shape[2])) for line in lines])
             classes = self.recogniser(pixel_values=x).last_hidden_state
-            for i, text in zip(rows, ctc_decode(classes, self.spell["character_list"])):
+            for i, text in zip(rows, ctc_decode(classes, self.characters)):
                 texts[i] = text
         return texts
 
@@ -502,11 +501,8 @@ class CLIPScore(Reward):
         """The CLIPModel in `folder`, on any device."""
         return load_model(transformers.CLIPModel, folder)
 
-    def measure(self, images, prompts, metadata):
-        texts = list(dict.fromkeys(prompts))  # a group of images shares its prompt
-        rows = [texts.index(prompt) for prompt in prompts]
-        texts, images = self.in_batches(self.clip.texts, texts), self.in_batches(self.clip.images, images)
-        return (images * texts[rows]).sum(-1)
+    def measure_batch(self, images, prompts):
+        return (self.clip.images(images) * self.clip.texts(prompts)).sum(-1)
 
 
 class PickScore(CLIPScore):
@@ -515,8 +511,8 @@ class PickScore(CLIPScore):
     more detail than was asked for. Weights: none stated."""
     name, range, weights = "pickscore", (16.0, 26.0), "yuvalkirstain/PickScore_v1"
 
-    def measure(self, images, prompts, metadata):
-        return self.clip.model.logit_scale.exp() * super().measure(images, prompts, metadata)
+    def measure_batch(self, images, prompts):
+        return self.clip.model.logit_scale.exp() * super().measure_batch(images, prompts)
 
 
 class HPSv2(CLIPScore):
@@ -551,14 +547,14 @@ class HPSv2(CLIPScore):
             tensors[key] = tensors[key].T
         return load_strictly(model, tensors)
 
-    def measure(self, images, prompts, metadata):
+    def measure_batch(self, images, prompts):
         side, squares = self.architecture["vision_config"]["image_size"], []
         for image in images:  # Pillow's ImageOps.pad fails on slivers
             width, height = (max(round(side * edge / max(image.size)), 1) for edge in image.size)
             left, top = (side - width) // 2, (side - height) // 2
             small = image.convert("RGB").resize((width, height), Image.BICUBIC)
             squares.append(small.crop((-left, -top, side - left, side - top)))  # black around it
-        return super().measure(squares, prompts, metadata)
+        return super().measure_batch(squares, prompts)
 
 
 class Aesthetic(Reward):
@@ -630,9 +626,8 @@ class ImageReward(Reward):
 
 class Chat(Reward):
     """Base: a vision-language model answers a question about a picture, greedily. A subclass has `classes`,
-    of model and processor; `weights`, a subfolder and a repository; `template`, the conversation as in
-    training, whose {image} becomes an `image_token` for each vector of the picture; and `see`, which turns
-    pictures into inputs and counts of vectors."""
+    of model and processor; `weights`, a subfolder and a repository; `template`, whose {image} becomes an
+    `image_token` for each vector of the picture; and `see`, from pictures to inputs and counts of vectors."""
 
     def __init__(self, path, device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -680,10 +675,9 @@ class VLM(Chat):
         self.bert.to(device)
 
     def see(self, images):
-        x, config = clip_pixels(self.processor, images), self.model.config
-        patches = x.shape[2] * x.shape[3] // config.vision_config.patch_size ** 2
-        first = config.vision_feature_select_strategy == "full"  # the default drops the class token
-        return {"pixel_values": x}, [patches + first] * len(images)
+        x = clip_pixels(self.processor, images)
+        patches = x.shape[2] * x.shape[3] // self.model.config.vision_config.patch_size ** 2
+        return {"pixel_values": x}, [patches] * len(images)  # LLaVA drops the class token
 
     def measure_batch(self, images, prompts):
         said = self.token_vectors(self.ask(images, [self.question] * len(images)))
@@ -709,9 +703,8 @@ def bertscore_recall(candidate, reference):
 
 class UnifiedReward(Chat):
     """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv 2503.05236),
-    with the question of github.com/yifan123/flow_grpo. A reply without a mark is asked for once more, then
-    the reward fails. Marks are coarse and kind. Hacked by text in the picture that speaks to the judge.
-    Weights: MIT."""
+    with the question of github.com/yifan123/flow_grpo. A reply without a mark is asked for once more; then it
+    fails. Marks are coarse and kind. Hacked by text in it that speaks to the judge. Weights: MIT."""
     name, range, prompts = "unifiedreward", (1.0, 5.0), "geneval"
     template = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"  # Qwen's
                 "<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n")
@@ -802,7 +795,10 @@ class GenEval(Reward):
     def measure(self, images, prompts, metadata):
         tags = [entry["tag"] for entry in metadata]
         everything = self.detect(images, tags)
-        self.name_colors(images, everything, metadata)
+        for image, objects, entry in zip(images, everything, metadata):
+            for want in entry["include"]:
+                if "color" in want and want["class"] in objects:
+                    self.name_colors(image, want["class"], objects[want["class"]])
         right = [entry["tag"] for objects, entry in zip(everything, metadata) if as_asked(objects, entry)]
         means = {task: right.count(task) / tags.count(task) for task in TASKS if task in tags}
         self.details = {**means, "overall": sum(means.values()) / len(means)}
@@ -824,20 +820,18 @@ class GenEval(Reward):
                 found[i] = instances(*logits, (images[i].height, images[i].width), threshold)
         return found
 
-    def name_colors(self, images, everything, metadata):
-        """Set the color of the objects whose prompt asks for one: the nearest of the ten. A color's vector is
-        the mean of CLIP's for three ways to put it."""
-        jobs = [(image, want["class"], found) for image, objects, entry in zip(images, everything, metadata)
-                for want in entry["include"] if "color" in want for found in objects.get(want["class"], [])]
-        if not jobs:
-            return
-        vectors = self.in_batches(self.clip.images, [cut_out(image, found) for image, _, found in jobs])
-        for (_, name, found), vector in zip(jobs, vectors):
-            if name not in self.color_vectors:
-                texts = [f"a photo of a {put}" for color in COLORS
-                         for put in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
-                means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
-                self.color_vectors[name] = F.normalize(means, dim=-1)
+    def name_colors(self, image, name, objects):
+        """Set the colors of objects of the class `name`, cut out on grey: of the ten the one nearest in CLIP's
+    eyes, where a color's vector is the mean of three ways to put it."""
+        if name not in self.color_vectors:
+            texts = [f"a photo of a {put}" for color in COLORS
+                     for put in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
+            means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
+            self.color_vectors[name] = F.normalize(means, dim=-1)
+        image, grey = image.convert("RGB"), Image.new("RGB", image.size, "#999")
+        masks = [Image.fromarray(found.mask.numpy()) for found in objects]
+        crops = [Image.composite(image, grey, m).crop(found.box) for m, found in zip(masks, objects)]
+        for found, vector in zip(objects, self.clip.images(crops)):
             found.color = COLORS[int((self.color_vectors[name] @ vector).argmax())]
 
 
@@ -854,9 +848,8 @@ def detector_class():
 
 def instances(class_logits, mask_logits, size, threshold, most=16):
     """{class: [Found, best first]} from Mask2Former's class_logits (Q, 81), the last for no object, and
-    mask_logits (Q, h, w), for a picture of size (height, width). A query may stand for several classes. The
-    score is the class's probability times the mean of the mask's above a half (Cheng et al. 2022, arXiv
-    2112.01527)."""
+    mask_logits (Q, h, w), for a picture of size (height, width). A query may stand for several classes. Its
+    score is the class's probability times the mean of the mask's above a half (arXiv 2112.01527)."""
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
     scores, index = class_logits.float().softmax(-1)[:, :-1].flatten().topk(queries)
     index, scores = index[scores > threshold], scores[scores > threshold]  # a mask can only lower them
@@ -873,12 +866,6 @@ def instances(class_logits, mask_logits, size, threshold, most=16):
         if box and scores[i] > threshold:
             objects.setdefault(CLASSES[index[i] % classes], []).append(Found(scores[i].item(), box, mask))
     return {name: own[:most] for name, own in objects.items()}
-
-
-def cut_out(image, found):
-    """The object's box out of the picture, all that is not the object in grey."""
-    image, mask = image.convert("RGB"), Image.fromarray(found.mask.numpy())
-    return Image.composite(image, Image.new("RGB", image.size, "#999"), mask).crop(found.box)
 
 
 def relations(a, b):
@@ -920,18 +907,15 @@ def partial_credit(objects, entry):
     credit, groups = [], []
     for want in entry["include"]:
         found, n = objects.get(want["class"], []), want["count"]
-        credit.append(1 - abs(n - len(found)) / n)
-        met = len(found) == n
-        if not met and ("color" in want or "position" in want):
-            credit.append(0.0)
-        if met and "color" in want:
-            right = sum(x.color == want["color"] for x in found)
-            credit.append(1 - abs(n - right) / n)
-            met = right == n
-        if met and "position" in want:
-            met = placed(found, want, groups)
-            credit.append(float(met))
-        groups.append(found if met else None)
+        marks = [1 - abs(n - len(found)) / n]
+        if marks == [1] and "color" in want:
+            marks.append(sum(x.color == want["color"] for x in found) / n)
+        if marks[-1] == 1 and "position" in want:
+            marks.append(float(placed(found, want, groups)))
+        if len(found) != n and ("color" in want or "position" in want):
+            marks.append(0.0)
+        groups.append(found if marks[-1] == 1 else None)
+        credit += marks
     return sum(credit) / len(credit)
 
 
@@ -1079,9 +1063,8 @@ PORTIONS = {"skis": "pair", "scissors": "pair", "broccoli": "head"}  # counted b
 
 
 def geneval_prompts(split, rng):
-    """GenEval's six tasks in turn over COCO's 80 classes, with metadata as in its evaluation_metadata.jsonl,
-    and plurals. Prompts that differ only in the order of objects share a split (Flow-GRPO, Liu et al.
-    2025)."""
+    """GenEval's six tasks in turn over COCO's 80 classes, with metadata as in its evaluation_metadata.jsonl.
+    Prompts that differ only in the order of their objects share a split (Flow-GRPO, Liu et al. 2025)."""
     for task in cycle(TASKS):
         parts = None
         while parts is None or held_out(" and ".join(sorted(parts))) != (split == "eval"):
