@@ -70,14 +70,9 @@ class Reward:
                 raise ValueError(f"{entry.get('where', f'prompt {i}')}: the reward {self.name} {objection}")
 
     def measure(self, images, prompts, metadata):
-        """Scores (B,), list or tensor. A subclass has this, or measure_batch(images, prompts) for a few."""
-        return self.in_batches(self.measure_batch, images, prompts)
-
-    def in_batches(self, function, *lists):
-        """`function` of at most `batch` items of each list at a time: tensors are joined, lists chained."""
-        starts = range(0, len(lists[0]), self.batch)
-        results = [function(*(items[i:i + self.batch] for items in lists)) for i in starts]
-        return torch.cat(results) if torch.is_tensor(results[0]) else sum(results, [])
+        """Scores (B,), list or tensor. A subclass has this, or measure_batch(images, prompts) of `batch`."""
+        parts = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
+        return torch.cat([torch.as_tensor(self.measure_batch(images[part], prompts[part])) for part in parts])
 
     @torch.no_grad()
     def score(self, images, prompts, metadata):
@@ -168,8 +163,7 @@ def default_prompts(spec):
 
 def normalize(rewards, range):
     """Rewards on [0, 1]: `(r - lo) / (hi - lo)`, clipped."""
-    lo, hi = range
-    return ((rewards - lo) / (hi - lo)).clamp(0, 1)
+    return ((rewards - range[0]) / (range[1] - range[0])).clamp(0, 1)
 
 
 # Loading weights
@@ -190,8 +184,7 @@ def loading(reward, path, subfolder, repository, file=""):
 
 
 def load_model(kind, path, subfolder="", dtype=torch.float32, **options):
-    """A transformers model of class `kind`, in eval mode. OSError if any of its tensors is missing:
-    transformers would only warn, and leave it random."""
+    """A transformers model of class `kind`, in eval mode. OSError where it lacks a tensor; theirs warns."""
     options |= {"subfolder": subfolder, "dtype": dtype, "output_loading_info": True}
     model, report = kind.from_pretrained(path, **options)
     if missing := sorted(key for key in report["missing_keys"] if "num_batches_tracked" not in key):
@@ -498,7 +491,6 @@ class CLIPScore(Reward):
         self.clip = CLIP(self.name, path, "", CLIPScore.weights, device, model)
 
     def load_clip(self, folder, device):
-        """The CLIPModel in `folder`, on any device."""
         return load_model(transformers.CLIPModel, folder)
 
     def measure_batch(self, images, prompts):
@@ -506,9 +498,8 @@ class CLIPScore(Reward):
 
 
 class PickScore(CLIPScore):
-    """Human preference (Kirstain et al. 2023, arXiv 2305.01569): ViT-H-14 fine-tuned on Pick-a-Pic, its
-    cosine times its temperature, about 100 (some codes divide by 26). Hacked by glossy, busy pictures, with
-    more detail than was asked for. Weights: none stated."""
+    """Human preference (Kirstain et al. 2023, arXiv 2305.01569): the cosine in a ViT-H-14 fine-tuned on
+    Pick-a-Pic, times about 100, its temperature. Hacked by glossy, busy pictures. Weights: none stated."""
     name, range, weights = "pickscore", (16.0, 26.0), "yuvalkirstain/PickScore_v1"
 
     def measure_batch(self, images, prompts):
@@ -558,9 +549,8 @@ class HPSv2(CLIPScore):
 
 
 class Aesthetic(Reward):
-    """LAION's aesthetic predictor v2, DDPO's aesthetic quality: 1 to 10, from CLIP ViT-L/14's image vector by
-    five linear layers (github.com/christophschuhmann/improved-aesthetic-predictor). Hacked by painting
-    anything: the prompt plays no part. Weights: none stated."""
+    """LAION's aesthetic predictor (github.com/christophschuhmann/improved-aesthetic-predictor): 1 to 10, from
+    CLIP ViT-L/14's image vector. Hacked by painting anything: it sees no prompt. Weights: none stated."""
     name, range = "aesthetic", (1.0, 10.0)
 
     def __init__(self, path, device):
@@ -804,7 +794,6 @@ class GenEval(Reward):
         self.details = {**means, "overall": sum(means.values()) / len(means)}
         return [partial_credit(objects, entry) for objects, entry in zip(everything, metadata)]
 
-    @torch.no_grad()
     def detect(self, images, tags):
         """A dict {class: [Found, best first]} for each picture, surer ones where they are to be counted."""
         settings = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -821,8 +810,8 @@ class GenEval(Reward):
         return found
 
     def name_colors(self, image, name, objects):
-        """Set the colors of objects of the class `name`, cut out on grey: of the ten the one nearest in CLIP's
-    eyes, where a color's vector is the mean of three ways to put it."""
+        """Set the colors of objects of the class `name`, cut out on grey: of the ten the one nearest to CLIP,
+        where a color's vector is the mean of those of three ways to put it."""
         if name not in self.color_vectors:
             texts = [f"a photo of a {put}" for color in COLORS
                      for put in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
@@ -952,9 +941,8 @@ def held_out(text):
 
 def prompts(source, split, seed):
     """Pairs (prompt, metadata) of a generator (a name of `PROMPTS`) or a .txt or .jsonl file: for "train"
-    endless, decided by `seed`; for "eval" a list of at most 512, whatever the seed. No evaluation text
-    (`ocr`), word (`signs`), animal (`animals`) or prompt (others) is ever trained on. metadata["where"] says
-    where a prompt came from. ValueError, with file and line, for a bad file."""
+    endless, decided by `seed`; for "eval" at most 512. No evaluation text (`ocr`), word (`signs`), animal
+    (`animals`) or prompt (others) is ever trained on. ValueError, with file and line, for a bad file."""
     rng = random.Random(seed if split == "train" else 0)
     if source in PROMPTS:  # a generator yields prompts, or pairs itself
         items = (item if isinstance(item, tuple) else (item, {}) for item in PROMPTS[source](split, rng))
@@ -1040,23 +1028,6 @@ ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat l
 wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck
 goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
 ACTIVITIES = "washing the dishes", "playing chess", "riding a bike"
-
-
-def animal_prompts(split, rng):
-    """The 45 common animals of DDPO (Black et al. 2023): `a cat`, `an ant`. Four of them are held out."""
-    animals = [animal for animal in ANIMALS if held_out(animal) == (split == "eval")]
-    while True:
-        yield phrase(rng.choice(animals))
-
-
-def activity_prompts(split, rng):
-    """Animals at things that no photograph shows, DDPO's alignment task: `an ant playing chess`."""
-    pairs = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
-    pairs = [pair for pair in pairs if held_out(pair) == (split == "eval")]
-    while True:
-        yield rng.choice(pairs)
-
-
 NUMBERS = "zero one two three four".split()
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "computer mouse": "computer mice"}
 PORTIONS = {"skis": "pair", "scissors": "pair", "broccoli": "head"}  # counted by these
@@ -1072,14 +1043,13 @@ def geneval_prompts(split, rng):
             n, (color, other), relation = rng.randint(2, 4), rng.sample(COLORS, 2), rng.choice(RELATIONS)
             first, second = {"class": a, "count": 1}, {"class": b, "count": 1}
             red, blue = {**first, "color": color}, {**second, "color": other}
-            parts, include = {
-                "single_object": ([phrase(a)], [first]),
-                "two_object": ([phrase(a), phrase(b)], [first, second]),
-                "counting": ([phrase(a, n)], [{**first, "count": n}]),
-                "colors": ([phrase(a, 1, color)], [red]),
-                "position": ([f"{phrase(a)} {relation} {phrase(b)}"],
-                             [second, {**first, "position": [relation, 0]}]),
-                "color_attr": ([phrase(a, 1, color), phrase(b, 1, other)], [red, blue])}[task]
+            include = {
+                "single_object": [first], "two_object": [first, second], "counting": [{**first, "count": n}],
+                "colors": [red], "color_attr": [red, blue],
+                "position": [second, {**first, "position": [relation, 0]}]}[task]
+            parts = [phrase(want["class"], want["count"], want.get("color")) for want in include]
+            if task == "position":
+                parts = [f"{parts[1]} {relation} {parts[0]}"]
         exclude = {"exclude": [{"class": a, "count": n + 1}]} if task == "counting" else {}
         yield f"a photo of {' and '.join(parts)}", {"tag": task, "include": include, **exclude}
 
@@ -1095,8 +1065,21 @@ def phrase(name, count=1, color=None):
     return f"{'an' if colored[0] in 'aeiou' else 'a'} {colored}"
 
 
-PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": animal_prompts,
-           "activities": activity_prompts, "geneval": geneval_prompts}
+def chosen(texts):
+    """A generator of the prompts in {text that decides the split: prompt}."""
+    def generator(split, rng):
+        own = [prompt for text, prompt in texts.items() if held_out(text) == (split == "eval")]
+        while True:
+            yield rng.choice(own)
+    return generator
+
+
+# DDPO's 45 common animals (Black et al. 2023), `a cat`, `an ant`, of which four are held out; and its alignment
+# task, them at things that no photograph shows: `an ant playing chess`.
+DOING = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
+PROMPTS = {"ocr": text_prompts, "signs": sign_prompts,
+           "animals": chosen({animal: phrase(animal) for animal in ANIMALS}),
+           "activities": chosen({text: text for text in DOING}), "geneval": geneval_prompts}
 
 
 # What a run asks for, and what it shows
@@ -1179,17 +1162,14 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
 
 
 def log_epoch(folder, args, progress, R, parts, values, seconds, device):
-    """A training epoch's line of metrics.jsonl and of the console. values: {name: float}, what the algorithm
-    has to say. seconds: of the phases sample, reward and train."""
+    """Log a training epoch and print it. values {name: float}. seconds: of sampling, scoring, training."""
     epoch, rate, memory = progress["epoch"] - 1, len(R) / sum(seconds), peak_gb(device)
     speed = {f"{phase}_seconds": t for phase, t in zip(("sample", "reward", "train"), seconds)}
     speed |= {"images_per_second": rate, "peak_gb": memory}
     log(folder, args, progress, "train", epoch, R, parts, values | speed)
-    formats = {"loss": "loss {:.3f}", "approx_kl": "KL {:.0e}", "clip_fraction": "clipped {:.0%}",
-               "grad_norm": "grad {:.2g}"}
-    shown = [text.format(values[key]) for key, text in formats.items() if key in values]
-    shown = shown[1:] if "approx_kl" in values else shown  # a policy gradient's loss says nothing
-    tqdm.write(f"epoch {epoch:3d}  reward {R.mean():.4g}  {'  '.join(shown)} | "
+    shown = "KL {approx_kl:.0e}  clipped {clip_fraction:.0%}" if "approx_kl" in values else "loss {loss:.3f}"
+    shown = (shown + "  grad {grad_norm:.2g}").format(**values)
+    tqdm.write(f"epoch {epoch:3d}  reward {R.mean():.4g}  {shown} | "
                "{:.1f} + {:.1f} + {:.1f} s".format(*seconds) + f", {rate:.3g} img/s, {memory:.1f} GB")
 
 
