@@ -1,6 +1,4 @@
-"""Rewards and prompts: what the two algorithms optimise, and what they draw.
-
-A reward looks at finished pictures and gives each a number; nothing here is differentiated.
+"""Rewards and prompts: what the two algorithms optimise, and what they draw. Nothing is differentiated.
 
     reward = load("ocr@tiny-sd3", "cpu")                      # text rendering, with the models of a folder
     reward = load("ocr:1,incompressibility:-0.005", "cuda")   # a weighted sum
@@ -8,7 +6,7 @@ A reward looks at finished pictures and gives each a number; nothing here is dif
     rewards, parts = reward.score(images, prompts, metadata)  # the same, and {name: (B,)} unweighted, to log
 
 A spec is `name[@path-or-repo][:weight]`, several joined by commas. `prompts(source, split, seed)` yields
-pairs of a prompt and its metadata, a dict that says at least `where` the prompt came from.
+pairs (prompt, metadata), a dict that says at least `where` the prompt came from.
 
 To add a reward, subclass `Reward`: give it a `name`, a `range`, a `measure`, an `objection` if it cannot
 score every prompt, and a place in `REWARDS`. Each class says how its reward is hacked, and the licence of its
@@ -123,9 +121,27 @@ class WeightedSum(Reward):
         return sum(weight * scores[reward.name] for weight, reward in self.parts), scores
 
 
+class Incompressibility(Reward):
+    """The size of the picture as a JPEG of quality 95, in kB (Black et al. 2023). Hacked by noise."""
+    name, range, sign = "incompressibility", (0.6, 200.0), 1  # at 512 px: a JPEG's header, and a busy picture
+
+    def measure(self, images, prompts, metadata):
+        lo, hi = Incompressibility.range  # a picture scaled down keeps its detail in fewer pixels: the power
+        hi = lo + (hi - lo) * (images[0].width * images[0].height / 512 ** 2) ** 0.9
+        self.range = (lo, hi) if self.sign > 0 else (-hi, -lo)
+        files = [io.BytesIO() for _ in images]
+        for image, file in zip(images, files):
+            image.convert("RGB").save(file, "JPEG", quality=95)
+        return [self.sign * file.tell() / 1000 for file in files]
+
+
+class Compressibility(Incompressibility):
+    """Minus the size in kB. Hacked by a flat color."""
+    name, range, sign = "compressibility", (-200.0, -0.6), -1
+
+
 def load(spec, device, batch=16):
-    """The Reward of a spec, its models on `device`, shown `batch` pictures at once. (`ocr` takes as many as a
-    fixed number of pixels allows.) ValueError: a malformed spec. OSError: weights that cannot be loaded."""
+    """The Reward of a spec, shown `batch` pictures at once. ValueError, OSError: what cannot be loaded."""
     weights, parts = parse_spec(spec), []
     names = [head.partition("@")[0] for head in weights]
     for name, (head, weight) in zip(names, weights.items()):
@@ -184,7 +200,7 @@ def loading(reward, path, subfolder, repository, file=""):
 
 
 def load_model(kind, path, subfolder="", dtype=torch.float32, **options):
-    """A transformers model of class `kind`, in eval mode. OSError where it lacks a tensor; theirs warns."""
+    """A transformers model in eval mode. OSError where it lacks a tensor: transformers would only warn."""
     options |= {"subfolder": subfolder, "dtype": dtype, "output_loading_info": True}
     model, report = kind.from_pretrained(path, **options)
     if missing := sorted(key for key in report["missing_keys"] if "num_batches_tracked" not in key):
@@ -217,27 +233,6 @@ def load_strictly(model, tensors):
                          f"model's tensors it lacks {len(missing)}, as {missing[:1]}")
     model.load_state_dict(tensors)
     return model.eval()
-
-
-# File size
-
-class Incompressibility(Reward):
-    """The size of the picture as a JPEG of quality 95, in kB (Black et al. 2023). Hacked by noise."""
-    name, range, sign = "incompressibility", (0.6, 200.0), 1  # at 512 px: a JPEG's header, and a busy picture
-
-    def measure(self, images, prompts, metadata):
-        lo, hi = Incompressibility.range  # a picture scaled down keeps its detail in fewer pixels: the power
-        hi = lo + (hi - lo) * (images[0].width * images[0].height / 512 ** 2) ** 0.9
-        self.range = (lo, hi) if self.sign > 0 else (-hi, -lo)
-        files = [io.BytesIO() for _ in images]
-        for image, file in zip(images, files):
-            image.convert("RGB").save(file, "JPEG", quality=95)
-        return [self.sign * file.tell() / 1000 for file in files]
-
-
-class Compressibility(Incompressibility):
-    """Minus the size in kB. Hacked by a flat color."""
-    name, range, sign = "compressibility", (-200.0, -0.6), -1
 
 
 # Text rendering
@@ -295,7 +290,7 @@ class OCR(Reward):
     @torch.inference_mode()
     def read(self, images):
         """A str for each PIL image, its lines in reading order, whatever pictures are beside it."""
-        pixels = [to_pixels(image).to(self.device) for image in images]
+        pixels = [to_pixels(image, self.device) for image in images]
         boxes = self.detect(pixels)
         crops = [x[:, y0:y1, x0:x1] for x, found in zip(pixels, boxes) for x0, y0, x1, y1 in found]
         lines = iter(self.recognise(crops))
@@ -337,10 +332,10 @@ def load_settings(path, subfolder):
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def to_pixels(image):
+def to_pixels(image, device):
     """PIL image to a float tensor (3, H, W) in 0..255."""
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float()
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).to(device, torch.float32)
 
 
 def resize(pixels, size):
@@ -389,11 +384,10 @@ def batches(sizes, pixels):
 
 
 def find_boxes(maps, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3, most=1000):
-    """Boxes (x0, y0, x1, y1) in pixels, a list for each of the text maps (B, H, W) in 0..1. Differentiable
-    binarisation (Liao et al. 2020, arXiv 1911.08947): a map marks a shrunken core of each line. Pixels above
-    `threshold` that touch, diagonals included, are a blob. The `most` lowest count, if their box is at least
-    `min_side` pixels each way and the map's mean over it at least `box_threshold`. The box then grows by
-    `area * unclip / perimeter` on every side, and may stick out of the map."""
+    """Boxes (x0, y0, x1, y1) in pixels, a list for each of the text maps (B, H, W) in 0..1, which mark a
+    shrunken core of each line (Liao et al. 2020, arXiv 1911.08947). Pixels above `threshold` that touch,
+    diagonals included, are a blob. Of the `most` lowest those count whose box has `min_side` pixels each way
+    and a mean of `box_threshold`. Boxes grow by `area * unclip / perimeter` on all sides, maybe too far."""
     mask = maps > threshold
     _, y, x = mask.nonzero(as_tuple=True)
     blobs, blob = connected(mask).unique(return_inverse=True)
@@ -463,9 +457,8 @@ class CLIP:
 
     def texts(self, texts):
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length,
-                                return_tensors="pt").to(self.model.device)
-        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return F.normalize(self.model.get_text_features(**x.to(self.model.device)).pooler_output, dim=-1)
 
 
 def clip_pixels(processor, images):
@@ -659,10 +652,9 @@ class VLM(Chat):
     def __init__(self, path, device):
         """path: a folder with `llava`, and `deberta`, each with its tokenizer."""
         super().__init__(path, device)
-        with loading(self.name, path, "deberta", "microsoft/deberta-xlarge-mnli") as (path, subfolder):
-            self.words = transformers.AutoTokenizer.from_pretrained(path, subfolder=subfolder)
-            self.bert = load_model(transformers.DebertaModel, path, subfolder, num_hidden_layers=self.layer)
-        self.bert.to(device)
+        with loading(self.name, path, "deberta", "microsoft/deberta-xlarge-mnli") as place:
+            self.words = transformers.AutoTokenizer.from_pretrained(place[0], subfolder=place[1])
+            self.bert = load_model(transformers.DebertaModel, *place, num_hidden_layers=self.layer).to(device)
 
     def see(self, images):
         x = clip_pixels(self.processor, images)
@@ -683,8 +675,7 @@ class VLM(Chat):
 
 
 def bertscore_recall(candidate, reference):
-    """The mean, over the tokens of the reference (m, d), of the best cosine with one of the candidate (n, d):
-    Zhang et al. 2020, arXiv 1904.09675, without idf weights, a baseline or special tokens."""
+    """BERTScore's recall, no idf or baseline (arXiv 1904.09675): candidate (n, d), reference (m, d)."""
     if not len(candidate) or not len(reference):
         return 0.0
     cosines = F.normalize(reference, dim=-1) @ F.normalize(candidate, dim=-1).T
@@ -761,10 +752,10 @@ class Found:  # an object that was detected
 class GenEval(Reward):
     """Are the objects, counts, colors and positions as asked? (Ghosh et al. 2023, arXiv 2310.11513.) As in
     github.com/djghosh13/geneval, Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names
-    their colors, cut out on grey; but the checkpoint is the Mask2Former authors', not mmdet's, and sides go
-    to multiples of 32. The reward is `partial_credit`; `details` has the benchmark's table, for each task the
-    share of pictures that are `as_asked`, and their mean `overall`. Hacked by objects that look pasted, apart
-    from each other, without background. Weights: "other" (Mask2Former), none stated (CLIP)."""
+    their colors; but the checkpoint is not mmdet's, and sides go to multiples of 32. The reward is
+    `partial_credit`; `details` has the benchmark's table, each task's share of pictures `as_asked`, and
+    `overall`, their mean. Hacked by objects apart, as if pasted. Weights: "other" (Mask2Former), none
+    (CLIP)."""
     name, prompts = "geneval", "geneval"
     threshold, counting_threshold = 0.3, 0.9  # of a score, the second where objects are counted
     shortest, longest = 800, 1333             # sides that the detector sees, at most
@@ -801,7 +792,7 @@ class GenEval(Reward):
         sizes = [multiples_of_32(x.height * ratio, x.width * ratio) for x, ratio in zip(images, ratios)]
         found = [None] * len(images)
         for rows in batches(sizes, self.batch * self.shortest ** 2):
-            pixels = [to_pixels(images[i]).to(self.device) for i in rows]
+            pixels = [to_pixels(images[i], self.device) for i in rows]
             x = torch.stack([standardized(own, sizes[rows[0]], settings) for own in pixels])
             output = self.detector(pixel_values=x)
             for i, *logits in zip(rows, output.class_queries_logits, output.masks_queries_logits):
@@ -810,8 +801,7 @@ class GenEval(Reward):
         return found
 
     def name_colors(self, image, name, objects):
-        """Set the colors of objects of the class `name`, cut out on grey: of the ten the one nearest to CLIP,
-        where a color's vector is the mean of those of three ways to put it."""
+        """Set the colors of objects of the class `name`, cut out on grey: of the ten the nearest, by CLIP."""
         if name not in self.color_vectors:
             texts = [f"a photo of a {put}" for color in COLORS
                      for put in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
@@ -927,9 +917,8 @@ def malformed(entry):
             return f"{position!r} is no position relative to an object before it"
 
 
-REWARDS = {reward.name: reward for reward in (
-    OCR, Compressibility, Incompressibility, CLIPScore, PickScore, HPSv2, Aesthetic, ImageReward, VLM,
-    UnifiedReward, GenEval)}
+REWARDS = {kind.name: kind for kind in (OCR, Compressibility, Incompressibility, CLIPScore, PickScore, HPSv2,
+                                        Aesthetic, ImageReward, VLM, UnifiedReward, GenEval)}
 
 
 # Prompts
@@ -1074,8 +1063,7 @@ def chosen(texts):
     return generator
 
 
-# DDPO's 45 common animals (Black et al. 2023), `a cat`, `an ant`, of which four are held out; and its alignment
-# task, them at things that no photograph shows: `an ant playing chess`.
+# DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those at what no photograph shows.
 DOING = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
 PROMPTS = {"ocr": text_prompts, "signs": sign_prompts,
            "animals": chosen({animal: phrase(animal) for animal in ANIMALS}),
@@ -1118,8 +1106,7 @@ def load_task(args, device):
 
 
 def choose_dtype(device):
-    """What --dtype auto stands for: "bf16" where a GPU has it, or a CPU multiplies two matrices at least 1.5
-    times as fast in it, else "fp32". (A CPU without bf16 instructions would train 90 times slower in it.)"""
+    """--dtype auto: "bf16" where a GPU has it, or a CPU is at least 1.5 times as fast in it; else "fp32"."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     times = {torch.float32: [], torch.bfloat16: []}
