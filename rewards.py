@@ -28,6 +28,7 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 
@@ -311,14 +312,13 @@ class OCR(Reward):
 
     def recognise(self, crops):
         """Lines of text (3, h, w) in 0..255 to a list of str."""
-        height, full = self.spell["size"]["height"], self.spell["size"]["width"]
-        widths = [line_width(*crop.shape[1:], height, full) for crop in crops]
-        widths = [min(width, self.spell["max_image_width"]) for width in widths]
+        size, longest = self.spell["size"], self.spell["max_image_width"]
+        widths = [min(line_width(*x.shape[1:], size["height"], size["width"]), longest) for x in crops]
         # Padded to whole steps of 32, so that lines share a batch and the padding depends on the line alone.
         padded = [max(self.spell["pad_size"]["width"], math.ceil(width / 32) * 32) for width in widths]
         texts = [None] * len(crops)
-        for rows in batches([(height, width) for width in padded], self.batch_pixels):
-            lines = [standardized(crops[i], (height, widths[i]), self.spell) for i in rows]
+        for rows in batches([(size["height"], width) for width in padded], self.batch_pixels):
+            lines = [standardized(crops[i], (size["height"], widths[i]), self.spell) for i in rows]
             x = torch.stack([F.pad(line, (0, padded[rows[0]] - line.shape[2])) for line in lines])
             classes = self.recogniser(pixel_values=x).last_hidden_state
             for i, text in zip(rows, ctc_decode(classes, self.characters)):
@@ -426,10 +426,9 @@ def reading_order(boxes):
     of the box above it when its middle is higher than that line's first box reaches."""
     lines = []
     for box in sorted(boxes, key=lambda box: box[1] + box[3]):
-        if lines and (box[1] + box[3]) / 2 < lines[-1][0][3]:
-            lines[-1].append(box)
-        else:
-            lines.append([box])
+        if not lines or (box[1] + box[3]) / 2 >= lines[-1][0][3]:
+            lines.append([])
+        lines[-1].append(box)
     return [box for line in lines for box in sorted(line)]
 
 
@@ -627,8 +626,7 @@ class Chat(Reward):
             questions = [question.replace(token, f"{token[0]} {token[1:]}") for question in questions]
         texts = [self.template.format(image=self.image_token * count, question=question)
                  for count, question in zip(counts, questions)]
-        tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
-                                return_token_type_ids=False)
+        tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         if "image_grid_thw" in inputs:  # Qwen wants to be told which tokens are a picture
             tokens["mm_token_type_ids"] = (tokens.input_ids == self.model.config.image_token_id).int()
         inputs = {key: x.to(self.model.device) for key, x in {**tokens, **inputs}.items()}
@@ -754,8 +752,7 @@ class GenEval(Reward):
     github.com/djghosh13/geneval, Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names
     their colors; but the checkpoint is not mmdet's, and sides go to multiples of 32. The reward is
     `partial_credit`; `details` has the benchmark's table, each task's share of pictures `as_asked`, and
-    `overall`, their mean. Hacked by objects apart, as if pasted. Weights: "other" (Mask2Former), none
-    (CLIP)."""
+    their mean. Hacked by objects apart, as if pasted. Weights: "other" (Mask2Former), none stated (CLIP)."""
     name, prompts = "geneval", "geneval"
     threshold, counting_threshold = 0.3, 0.9  # of a score, the second where objects are counted
     shortest, longest = 800, 1333             # sides that the detector sees, at most
@@ -834,8 +831,7 @@ def instances(class_logits, mask_logits, size, threshold, most=16):
     index, scores = index[scores > threshold], scores[scores > threshold]  # a mask can only lower them
     if not len(index):
         return {}
-    masks = mask_logits[None, index // classes].float()
-    masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)[0].flatten(1)
+    masks = F.interpolate(mask_logits[None, index // classes].float(), size, mode="bilinear")[0].flatten(1)
     inside = masks > 0
     scores = scores * (masks.sigmoid() * inside).sum(1) / inside.sum(1).clamp(min=1)
     objects = {}
@@ -1054,20 +1050,18 @@ def phrase(name, count=1, color=None):
     return f"{'an' if colored[0] in 'aeiou' else 'a'} {colored}"
 
 
-def chosen(texts):
-    """A generator of the prompts in {text that decides the split: prompt}."""
-    def generator(split, rng):
-        own = [prompt for text, prompt in texts.items() if held_out(text) == (split == "eval")]
-        while True:
-            yield rng.choice(own)
-    return generator
+def chosen(texts, split, rng):
+    """Prompts of a fixed list, {text that decides the split: prompt}."""
+    own = [prompt for text, prompt in texts.items() if held_out(text) == (split == "eval")]
+    while True:
+        yield rng.choice(own)
 
 
 # DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those at what no photograph shows.
 DOING = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
 PROMPTS = {"ocr": text_prompts, "signs": sign_prompts,
-           "animals": chosen({animal: phrase(animal) for animal in ANIMALS}),
-           "activities": chosen({text: text for text in DOING}), "geneval": geneval_prompts}
+           "animals": partial(chosen, {animal: phrase(animal) for animal in ANIMALS}),
+           "activities": partial(chosen, {text: text for text in DOING}), "geneval": geneval_prompts}
 
 
 # What a run asks for, and what it shows
@@ -1229,9 +1223,8 @@ def contact_sheet(path, images, captions, columns=4):
 
 def plot(path, curves, ylabel):
     """A line chart of curves {label: [(images scored, mean reward)]}."""
-    points = [point for curve in curves.values() for point in curve]
-    right = max(x for x, _ in points) or 1
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    xs, ys = zip(*(point for curve in curves.values() for point in curve))
+    right, low, high = max(xs) or 1, min(ys), max(ys)
     steps = (digit * 10.0 ** power for power in count(-6) for digit in (1, 2, 5))
     step = next(step for step in steps if high - low <= 8 * step)
     bottom, top = math.floor(low / step), math.floor(high / step) + 1  # the axis, in steps
