@@ -1,6 +1,4 @@
-"""Rewards and prompts: what the two algorithms optimise, and what they draw.
-
-A reward looks at finished pictures and gives each a number; nothing here is differentiated.
+"""Rewards and prompts: what the two algorithms optimise, and what they draw. Nothing is differentiated.
 
     reward = load("ocr@tiny-sd3", "cpu")                      # text rendering, with the models of a folder
     reward = load("ocr:1,incompressibility:-0.005", "cuda")   # a weighted sum
@@ -8,15 +6,13 @@ A reward looks at finished pictures and gives each a number; nothing here is dif
     rewards, parts = reward.score(images, prompts, metadata)  # the same, and {name: (B,)} unweighted, to log
 
 A spec is `name[@path-or-repo][:weight]`, several joined by commas. `prompts(source, split, seed)` yields
-pairs of a prompt and its metadata, a dict that says at least `where` the prompt came from.
+pairs (prompt, metadata), a dict that says at least `where` the prompt came from.
 
 To add a reward, subclass `Reward`: give it a `name`, a `range`, a `measure`, an `objection` if it cannot
-score every prompt, and a place in `REWARDS`. Each class says how its reward is hacked, and the licence stated
-with its weights. A reward that fails stops the run. It never quietly becomes 0: an optimiser would learn from
-that zero. No file can run code: weights are read from safetensors, or by torch's weights-only loader.
-
-Models run in float32, as in bf16 the batch could move a pickscore by 0.1. Only the two 7 B models are in bf16
-on a GPU, so that their answers may depend a little on the batch.
+score every prompt, and a place in `REWARDS`. Each class says how its reward is hacked, and the licence of its
+weights. A reward that fails stops the run. It never quietly becomes 0: an optimiser would learn from that
+zero. Weights are read from safetensors or by torch's weights-only loader: no file can run code. Models run in
+float32, as in bf16 the batch could move a pickscore by 0.1, but for the two of 7 B, in bf16 on a GPU.
 """
 
 import contextlib
@@ -32,6 +28,7 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 
@@ -41,8 +38,6 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-
-EVAL_SIZE = 512  # evaluation prompts, at most
 
 
 # The interface
@@ -74,15 +69,9 @@ class Reward:
                 raise ValueError(f"{entry.get('where', f'prompt {i}')}: the reward {self.name} {objection}")
 
     def measure(self, images, prompts, metadata):
-        """A number for each PIL image, as a list or a tensor (B,). A subclass writes this, or measure_batch
-        (images, prompts), which gets at most `batch` at a time."""
-        return self.in_batches(self.measure_batch, images, prompts)
-
-    def in_batches(self, function, *lists):
-        """`function` of at most `batch` items of each list at a time: tensors are joined, lists chained."""
-        starts = range(0, len(lists[0]), self.batch)
-        results = [function(*(items[i:i + self.batch] for items in lists)) for i in starts]
-        return torch.cat(results) if torch.is_tensor(results[0]) else sum(results, [])
+        """Scores (B,), list or tensor. A subclass has this, or measure_batch(images, prompts) of `batch`."""
+        parts = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
+        return torch.cat([torch.as_tensor(self.measure_batch(images[part], prompts[part])) for part in parts])
 
     @torch.no_grad()
     def score(self, images, prompts, metadata):
@@ -133,9 +122,27 @@ class WeightedSum(Reward):
         return sum(weight * scores[reward.name] for weight, reward in self.parts), scores
 
 
+class Incompressibility(Reward):
+    """The size of the picture as a JPEG of quality 95, in kB (Black et al. 2023). Hacked by noise."""
+    name, range, sign = "incompressibility", (0.6, 200.0), 1  # at 512 px: a JPEG's header, and a busy picture
+
+    def measure(self, images, prompts, metadata):
+        lo, hi = Incompressibility.range  # a picture scaled down keeps its detail in fewer pixels: the power
+        hi = lo + (hi - lo) * (images[0].width * images[0].height / 512 ** 2) ** 0.9
+        self.range = (lo, hi) if self.sign > 0 else (-hi, -lo)
+        files = [io.BytesIO() for _ in images]
+        for image, file in zip(images, files):
+            image.convert("RGB").save(file, "JPEG", quality=95)
+        return [self.sign * file.tell() / 1000 for file in files]
+
+
+class Compressibility(Incompressibility):
+    """Minus the size in kB. Hacked by a flat color."""
+    name, range, sign = "compressibility", (-200.0, -0.6), -1
+
+
 def load(spec, device, batch=16):
-    """The Reward of a spec, its models on `device`, shown `batch` pictures at once. (`ocr` takes as many as a
-    fixed number of pixels allows.) ValueError: a malformed spec. OSError: weights that cannot be loaded."""
+    """The Reward of a spec, shown `batch` pictures at once. ValueError, OSError: what cannot be loaded."""
     weights, parts = parse_spec(spec), []
     names = [head.partition("@")[0] for head in weights]
     for name, (head, weight) in zip(names, weights.items()):
@@ -149,7 +156,7 @@ def parse_spec(spec):
     """{name[@path-or-repo]: weight} of a spec. ValueError if it is malformed."""
     weights = {}
     for item in map(str.strip, spec.split(",")):
-        head, _, weight = item.rpartition(":") if ":" in item else (item, "", 1)
+        head, _, weight = item.rpartition(":") if ":" in item else (item, "", "1")
         name, at, path = head.partition("@")
         if name not in REWARDS:
             raise ValueError(f"unknown reward {name!r} in {spec!r}: known are {', '.join(sorted(REWARDS))}")
@@ -157,10 +164,9 @@ def parse_spec(spec):
             raise ValueError(f"{item!r} has nothing after the @: name a folder or a repository there")
         if head in weights:
             raise ValueError(f"a reward comes twice in {spec!r}: add the two weights up instead")
-        with contextlib.suppress(ValueError):
-            weights[head] = float(weight)
-        if not math.isfinite(weights.get(head, math.nan)):
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight):
             raise ValueError(f"malformed weight in {item!r}: a number follows the colon, as in {head}:0.5")
+        weights[head] = float(weight)
     if not any(weights.values()):
         raise ValueError(f"every weight in {spec!r} is 0: there is nothing to optimise")
     return weights
@@ -174,8 +180,7 @@ def default_prompts(spec):
 
 def normalize(rewards, range):
     """Rewards on [0, 1]: `(r - lo) / (hi - lo)`, clipped."""
-    lo, hi = range
-    return ((rewards - lo) / (hi - lo)).clamp(0, 1)
+    return ((rewards - range[0]) / (range[1] - range[0])).clamp(0, 1)
 
 
 # Loading weights
@@ -196,8 +201,7 @@ def loading(reward, path, subfolder, repository, file=""):
 
 
 def load_model(kind, path, subfolder="", dtype=torch.float32, **options):
-    """A transformers model of class `kind`, in eval mode. OSError if any of its tensors is missing:
-    transformers would only warn, and leave it random."""
+    """A transformers model in eval mode. OSError where it lacks a tensor: transformers would only warn."""
     options |= {"subfolder": subfolder, "dtype": dtype, "output_loading_info": True}
     model, report = kind.from_pretrained(path, **options)
     if missing := sorted(key for key in report["missing_keys"] if "num_batches_tracked" not in key):
@@ -205,10 +209,19 @@ def load_model(kind, path, subfolder="", dtype=torch.float32, **options):
     return model.eval()
 
 
-def load_file(path, filename, subfolder=""):
-    """The tensors of one file, read without unpickling any code."""
-    file = transformers.utils.cached_file(path, filename, subfolder=subfolder)
-    return torch.load(file, map_location="cpu", weights_only=True)
+def load_file(path, filename, names, subfolder=""):
+    """The tensors of one file, no code in it run. `names`, pairs (pattern, replacement), are applied to their
+    names in order; a tensor left without a name is dropped. ValueError if two get the same."""
+    file, renamed = transformers.utils.cached_file(path, filename, subfolder=subfolder), {}
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    for key, tensor in tensors.get("state_dict", tensors).items():
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        if key in renamed:
+            raise ValueError(f"two tensors are named {key}")
+        if key:
+            renamed[key] = tensor
+    return renamed
 
 
 def load_strictly(model, tensors):
@@ -221,39 +234,6 @@ def load_strictly(model, tensors):
                          f"model's tensors it lacks {len(missing)}, as {missing[:1]}")
     model.load_state_dict(tensors)
     return model.eval()
-
-
-def rename(tensors, names):
-    """The dict with `names`, pairs (pattern, replacement), applied to its keys. ValueError if two collide."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)
-        if key in renamed:
-            raise ValueError(f"two tensors are named {key}")
-        renamed[key] = tensor
-    return renamed
-
-
-# File size
-
-class Incompressibility(Reward):
-    """The size of the picture as a JPEG of quality 95, in kB (Black et al. 2023). Hacked by noise."""
-    name, range, sign = "incompressibility", (0.6, 200.0), 1  # at 512 px: a JPEG's header, and a busy picture
-
-    def measure(self, images, prompts, metadata):
-        lo, hi = Incompressibility.range  # a picture scaled down keeps its detail in fewer pixels: the power
-        hi = lo + (hi - lo) * (images[0].width * images[0].height / 512 ** 2) ** 0.9
-        self.range = (lo, hi) if self.sign > 0 else (-hi, -lo)
-        files = [io.BytesIO() for _ in images]
-        for image, file in zip(images, files):
-            image.convert("RGB").save(file, "JPEG", quality=95)
-        return [self.sign * file.tell() / 1000 for file in files]
-
-
-class Compressibility(Incompressibility):
-    """Minus the size in kB. Hacked by a flat color."""
-    name, range, sign = "compressibility", (-200.0, -0.6), -1
 
 
 # Text rendering
@@ -278,32 +258,28 @@ def edit_similarity(target, read):
     return 1 - min(row[-1], len(target)) / len(target)
 
 
-# What PP-OCRv5 is fed, where the preprocessor_config.json of a model does not say otherwise.
-DETECTOR = {"image_mean": (0.406, 0.456, 0.485), "image_std": (0.225, 0.224, 0.229),
-            "limit_side_len": 960, "limit_type": "max"}
-RECOGNISER = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "max_image_width": 3200,
-              "size": {"height": 48, "width": 320}, "pad_size": {"width": 320}}
-
-
 class OCR(Reward):
-    """How much of the prompt's quoted text PP-OCRv5 reads in the picture, by `edit_similarity` (Cui et al.
-    2025, arXiv 2507.05595). A detector finds lines of text, a recogniser reads each. Unlike theirs, boxes are
-    upright: slanted text is cut out slanted, and neither text upside down nor a tall box is turned. Hacked by
-    the word alone, huge, on an empty ground, or written many times. Weights: Apache 2.0."""
+    """How much of the prompt's quoted text PP-OCRv5 (Cui et al. 2025, arXiv 2507.05595) reads in the picture,
+    by `edit_similarity`: a detector finds lines of text, in boxes that are always upright, a recogniser reads
+    each. Hacked by the word alone, huge, on an empty ground, or written many times. Weights: Apache 2.0."""
     name, prompts = "ocr", "ocr"
     batch_pixels = 2 ** 22  # in one forward pass: sixteen 512 px pictures. Bounds the memory
+    # What the detector and the recogniser are fed, where their preprocessor_config.json says nothing else.
+    find = {"image_mean": (0.406, 0.456, 0.485), "image_std": (0.225, 0.224, 0.229),
+            "limit_side_len": 960, "limit_type": "max"}
+    spell = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "max_image_width": 3200,
+             "size": {"height": 48, "width": 320}, "pad_size": {"width": 320}}
 
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`; by default PP-OCRv5's server models."""
         self.device = device
         with loading(self.name, path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors") as place:
             self.detector = load_model(transformers.AutoModelForObjectDetection, *place).to(device)
-            self.find = DETECTOR | load_settings(*place)
+            self.find = self.find | load_settings(*place)
         with loading(self.name, path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors") as place:
             self.recogniser = load_model(transformers.AutoModelForTextRecognition, *place).to(device)
-            self.spell = RECOGNISER | load_settings(*place)
-            if not self.spell.get("character_list"):
-                raise OSError("its preprocessor_config.json has no character_list")
+            self.spell = self.spell | load_settings(*place)
+            self.characters = self.spell["character_list"]
 
     def objection(self, prompt, metadata):
         if quoted(prompt) is None:
@@ -315,10 +291,10 @@ class OCR(Reward):
     @torch.inference_mode()
     def read(self, images):
         """A str for each PIL image, its lines in reading order, whatever pictures are beside it."""
-        pixels = [to_pixels(image).to(self.device) for image in images]
+        pixels = [to_pixels(image, self.device) for image in images]
         boxes = self.detect(pixels)
-        lines = iter(self.recognise([x[:, y0:y1, x0:x1] for x, found in zip(pixels, boxes)
-                                     for x0, y0, x1, y1 in found]))
+        crops = [x[:, y0:y1, x0:x1] for x, found in zip(pixels, boxes) for x0, y0, x1, y1 in found]
+        lines = iter(self.recognise(crops))
         return [" ".join(islice(lines, len(found))) for found in boxes]
 
     def detect(self, pixels):
@@ -336,17 +312,16 @@ class OCR(Reward):
 
     def recognise(self, crops):
         """Lines of text (3, h, w) in 0..255 to a list of str."""
-        height, full = self.spell["size"]["height"], self.spell["size"]["width"]
-        widths = [line_width(*crop.shape[1:], height, full) for crop in crops]
-        sizes = [(height, min(width, self.spell["max_image_width"])) for width in widths]
+        size, longest = self.spell["size"], self.spell["max_image_width"]
+        widths = [min(line_width(*x.shape[1:], size["height"], size["width"]), longest) for x in crops]
         # Padded to whole steps of 32, so that lines share a batch and the padding depends on the line alone.
-        padded = [max(self.spell["pad_size"]["width"], math.ceil(width / 32) * 32) for _, width in sizes]
+        padded = [max(self.spell["pad_size"]["width"], math.ceil(width / 32) * 32) for width in widths]
         texts = [None] * len(crops)
-        for rows in batches([(height, width) for width in padded], self.batch_pixels):
-            lines = [standardized(crops[i], sizes[i], self.spell) for i in rows]
+        for rows in batches([(size["height"], width) for width in padded], self.batch_pixels):
+            lines = [standardized(crops[i], (size["height"], widths[i]), self.spell) for i in rows]
             x = torch.stack([F.pad(line, (0, padded[rows[0]] - line.shape[2])) for line in lines])
             classes = self.recogniser(pixel_values=x).last_hidden_state
-            for i, text in zip(rows, ctc_decode(classes, self.spell["character_list"])):
+            for i, text in zip(rows, ctc_decode(classes, self.characters)):
                 texts[i] = text
         return texts
 
@@ -357,16 +332,14 @@ def load_settings(path, subfolder):
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def to_pixels(image):
+def to_pixels(image, device):
     """PIL image to a float tensor (3, H, W) in 0..255."""
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float()
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).to(device, torch.float32)
 
 
 def resize(pixels, size):
     """(3, H, W) to (3, *size): bilinear, over all the pixels it shrinks."""
-    if pixels.shape[1:] == tuple(size):
-        return pixels
     return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
@@ -411,12 +384,10 @@ def batches(sizes, pixels):
 
 
 def find_boxes(maps, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3, most=1000):
-    """Boxes around the blobs of text maps (B, H, W) in 0..1: a list of (x0, y0, x1, y1) for each, in pixels.
-
-    Differentiable binarisation (Liao et al. 2020, arXiv 1911.08947): maps mark a shrunken core of each line.
-    Pixels above `threshold` that touch, diagonals included, are a blob. The `most` lowest of a map count, if
-    their box is at least `min_side` pixels each way and the map's mean over it at least `box_threshold`. The
-    box then grows by `area * unclip / perimeter` on every side, and may stick out of the map."""
+    """Boxes (x0, y0, x1, y1) in pixels, a list for each of the text maps (B, H, W) in 0..1, which mark a
+    shrunken core of each line (Liao et al. 2020, arXiv 1911.08947). Pixels above `threshold` that touch,
+    diagonals included, are a blob. Of the `most` lowest those count whose box has `min_side` pixels each way
+    and a mean of `box_threshold`. Boxes grow by `area * unclip / perimeter` on all sides, maybe too far."""
     mask = maps > threshold
     _, y, x = mask.nonzero(as_tuple=True)
     blobs, blob = connected(mask).unique(return_inverse=True)
@@ -435,7 +406,7 @@ def find_boxes(maps, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3, m
 
 def connected(mask):
     """Connected components (8 neighbours) of masks (B, H, W): a label for each pixel set, in `mask.nonzero()`
-    order. The label is the place, among all pixels of all masks, of the component's last one."""
+    order, which is the place of the component's last pixel among all pixels of all masks."""
     places = torch.arange(mask.numel(), device=mask.device)
     labels = places.view(mask.shape).clone()
     while True:
@@ -455,10 +426,9 @@ def reading_order(boxes):
     of the box above it when its middle is higher than that line's first box reaches."""
     lines = []
     for box in sorted(boxes, key=lambda box: box[1] + box[3]):
-        if lines and (box[1] + box[3]) / 2 < lines[-1][0][3]:
-            lines[-1].append(box)
-        else:
-            lines.append([box])
+        if not lines or (box[1] + box[3]) / 2 >= lines[-1][0][3]:
+            lines.append([])
+        lines[-1].append(box)
     return [box for line in lines for box in sorted(line)]
 
 
@@ -471,9 +441,8 @@ def ctc_decode(scores, characters):
 # CLIP and its kin
 
 class CLIP:
-    """A CLIP model (Radford et al. 2021): pictures and texts to unit vectors (n, d), on its device. Pictures
-    go through the checkpoint's own processor: shortest side to 224, bicubic, the centre cut out, OpenAI's
-    mean and std. Texts have at most 77 tokens, the rest is cut off."""
+    """A CLIP model (Radford et al. 2021): pictures and texts to unit vectors (n, d), on its device. A picture
+    goes through the checkpoint's own processor, which cuts out its centre; a text is cut to 77 tokens."""
 
     def __init__(self, reward, path, subfolder, repository, device, model=None):
         with loading(reward, path, subfolder, repository) as (path, subfolder):
@@ -487,9 +456,8 @@ class CLIP:
 
     def texts(self, texts):
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length,
-                                return_tensors="pt").to(self.model.device)
-        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return F.normalize(self.model.get_text_features(**x.to(self.model.device)).pooler_output, dim=-1)
 
 
 def clip_pixels(processor, images):
@@ -503,9 +471,8 @@ def clip_pixels(processor, images):
 
 
 class CLIPScore(Reward):
-    """The cosine of picture and prompt in OpenCLIP's ViT-H-14 (Hessel et al. 2021, arXiv 2104.08718, without
-    their factor and cut at 0). Hacked by the prompt written into the picture, or many small copies of its
-    objects. Weights: MIT."""
+    """The cosine of picture and prompt in OpenCLIP's ViT-H-14 (Hessel et al. 2021, arXiv 2104.08718, but for
+    their factor and cut at 0). Hacked by the prompt written into the picture. Weights: MIT."""
     name, range, prompts = "clipscore", (0.0, 0.4), "geneval"
     weights, file = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ""
 
@@ -516,31 +483,25 @@ class CLIPScore(Reward):
         self.clip = CLIP(self.name, path, "", CLIPScore.weights, device, model)
 
     def load_clip(self, folder, device):
-        """The CLIPModel in `folder`, on any device."""
         return load_model(transformers.CLIPModel, folder)
 
-    def measure(self, images, prompts, metadata):
-        texts = list(dict.fromkeys(prompts))  # a group of images shares its prompt
-        rows = [texts.index(prompt) for prompt in prompts]
-        texts, images = self.in_batches(self.clip.texts, texts), self.in_batches(self.clip.images, images)
-        return (images * texts[rows]).sum(-1)
+    def measure_batch(self, images, prompts):
+        return (self.clip.images(images) * self.clip.texts(prompts)).sum(-1)
 
 
 class PickScore(CLIPScore):
-    """Human preference (Kirstain et al. 2023, arXiv 2305.01569): ViT-H-14 fine-tuned on Pick-a-Pic, its
-    cosine times its temperature, about 100 (github.com/yuvalkirstain/PickScore; some public codes divide by
-    26). Hacked by glossy, busy pictures, with more detail than was asked for. Weights: none stated."""
+    """Human preference (Kirstain et al. 2023, arXiv 2305.01569): the cosine in a ViT-H-14 fine-tuned on
+    Pick-a-Pic, times about 100, its temperature. Hacked by glossy, busy pictures. Weights: none stated."""
     name, range, weights = "pickscore", (16.0, 26.0), "yuvalkirstain/PickScore_v1"
 
-    def measure(self, images, prompts, metadata):
-        return self.clip.model.logit_scale.exp() * super().measure(images, prompts, metadata)
+    def measure_batch(self, images, prompts):
+        return self.clip.model.logit_scale.exp() * super().measure_batch(images, prompts)
 
 
 class HPSv2(CLIPScore):
-    """Human preference score v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine in OpenCLIP's ViT-H-14,
-    fine-tuned on HPD v2. Inputs as in github.com/tgxs002/HPSv2: longest side to 224, bicubic (antialiased, as
-    torchvision does it from 0.17 on), black bars to a square. Hacked by one smooth style of illustration,
-    high in contrast. Weights: Apache 2.0."""
+    """Human preference score v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine in a ViT-H-14 fine-tuned on
+    HPD v2. As in github.com/tgxs002/HPSv2, the longest side goes to 224, bicubic (antialiased), with black
+    bars to a square. Hacked by one smooth style of illustration, high in contrast. Weights: Apache 2.0."""
     name, range = "hpsv2", (0.1, 0.4)
     weights, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
     architecture = dict(projection_dim=1024, text_config=dict(
@@ -548,57 +509,48 @@ class HPSv2(CLIPScore):
         hidden_act="gelu", eos_token_id=49407), vision_config=dict(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
         image_size=224, patch_size=14, hidden_act="gelu"))
+    names = (  # OpenCLIP's names to CLIPModel's, applied in order
+        (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
+        (r"^visual\.", "vision_model."), (r"^(positional_|token_|ln_final|transformer)", r"text_model.\1"),
+        (r"\.positional_embedding$", ".embeddings.position_embedding.weight"), (r"\.c_fc\.", ".fc1."),
+        (r"\.(token|class)_embedding", r".embeddings.\1_embedding"), (r"\.ln_([12])\.", r".layer_norm\1."),
+        (r"\.conv1\.", ".embeddings.patch_embedding."), (r"\.transformer\.resblocks\.", ".encoder.layers."),
+        (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."), (r"\.attn\.", ".self_attn."),
+        (r"\.ln_final\.", ".final_layer_norm."), (r"\.c_proj\.", ".fc2."))
 
     def load_clip(self, folder, device):
         with device:
             model = transformers.CLIPModel(transformers.CLIPConfig(**self.architecture))
-        return load_strictly(model, from_openclip(load_file(folder, self.file)["state_dict"]))
+        tensors = load_file(folder, self.file, self.names)
+        for key in [key for key in tensors if ".in_proj_" in key]:  # query, key and value in one matrix
+            layer, kind = key.split(".in_proj_")
+            for part, rows in zip("qkv", tensors.pop(key).chunk(3)):
+                tensors[f"{layer}.{part}_proj.{kind}"] = rows
+        for key in {"text_projection.weight", "visual_projection.weight"} & tensors.keys():
+            tensors[key] = tensors[key].T
+        return load_strictly(model, tensors)
 
-    def measure(self, images, prompts, metadata):
+    def measure_batch(self, images, prompts):
         side, squares = self.architecture["vision_config"]["image_size"], []
         for image in images:  # Pillow's ImageOps.pad fails on slivers
             width, height = (max(round(side * edge / max(image.size)), 1) for edge in image.size)
-            squares.append(Image.new("RGB", (side, side)))
-            squares[-1].paste(image.convert("RGB").resize((width, height), Image.BICUBIC),
-                              ((side - width) // 2, (side - height) // 2))
-        return super().measure(squares, prompts, metadata)
-
-
-OPENCLIP_NAMES = (  # OpenCLIP's names to CLIPModel's, applied in order
-    (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
-    (r"^visual\.", "vision_model."), (r"^(positional_|token_|ln_final|transformer)", r"text_model.\1"),
-    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"), (r"\.attn\.", ".self_attn."),
-    (r"\.(token|class)_embedding", r".embeddings.\1_embedding"), (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.conv1\.", ".embeddings.patch_embedding."), (r"\.transformer\.resblocks\.", ".encoder.layers."),
-    (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."), (r"\.c_fc\.", ".fc1."),
-    (r"\.ln_final\.", ".final_layer_norm."), (r"\.c_proj\.", ".fc2."))
-
-
-def from_openclip(tensors):
-    """An OpenCLIP state dict under the names of transformers' CLIPModel. OpenCLIP keeps an attention's query,
-    key and value in one matrix, and its two projections transposed."""
-    tensors = rename(tensors, OPENCLIP_NAMES)
-    for key in [key for key in tensors if ".in_proj_" in key]:
-        layer, kind = key.split(".in_proj_")
-        for part, rows in zip("qkv", tensors.pop(key).chunk(3)):
-            tensors[f"{layer}.{part}_proj.{kind}"] = rows
-    for key in {"text_projection.weight", "visual_projection.weight"} & tensors.keys():
-        tensors[key] = tensors[key].T
-    return tensors
+            left, top = (side - width) // 2, (side - height) // 2
+            small = image.convert("RGB").resize((width, height), Image.BICUBIC)
+            squares.append(small.crop((-left, -top, side - left, side - top)))  # black around it
+        return super().measure_batch(squares, prompts)
 
 
 class Aesthetic(Reward):
-    """LAION's aesthetic predictor v2, DDPO's aesthetic quality: a rating of 1 to 10 from CLIP ViT-L/14's unit
-    image vector, by five linear layers (github.com/christophschuhmann/improved-aesthetic-predictor). The
-    prompt plays no part: any subject may drift into a painting of anything. Weights: none stated."""
+    """LAION's aesthetic predictor (github.com/christophschuhmann/improved-aesthetic-predictor): 1 to 10, from
+    CLIP ViT-L/14's image vector. Hacked by painting anything: it sees no prompt. Weights: none stated."""
     name, range = "aesthetic", (1.0, 10.0)
 
     def __init__(self, path, device):
         """path: a folder with `clip`, a CLIPModel's folder, and `head`, which has aesthetic-model.pth."""
         self.clip = CLIP(self.name, path, "clip", "openai/clip-vit-large-patch14", device)
         self.mlp, file = linear_head(self.clip.model.config.projection_dim).to(device), "aesthetic-model.pth"
-        with loading(self.name, path, "head", "trl-lib/ddpo-aesthetic-predictor", file) as place:
-            load_strictly(self.mlp, rename(load_file(place[0], file, place[1]), [(r"^layers\.", "")]))
+        with loading(self.name, path, "head", "trl-lib/ddpo-aesthetic-predictor", file) as (folder, part):
+            load_strictly(self.mlp, load_file(folder, file, [(r"^layers\.", "")], part))
 
     def measure_batch(self, images, prompts):
         return self.mlp(self.clip.images(images)).squeeze(-1)
@@ -611,15 +563,21 @@ def linear_head(width):
 
 
 class ImageReward(Reward):
-    """Human preference (Xu et al. 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt with an eye
-    on the picture, and a head turns its first token into a score, standardised by the authors' constants.
-    Inputs as in github.com/THUDM/ImageReward: pictures as CLIP has them; the prompt in BERT's lower-case
-    tokens, padded or cut to 35. Hacked by oversaturated close-ups. Weights: Apache 2.0."""
+    """Human preference (Xu et al. 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt's first 35
+    tokens with an eye on the picture, and a head turns the first into a score, standardised by the authors'
+    constants (github.com/THUDM/ImageReward). Hacked by oversaturated close-ups. Weights: Apache 2.0."""
     name, range, prompts = "imagereward", (-2.0, 2.0), "geneval"
     mean, std, length = 0.16717362830052426, 1.0333394966054072, 35
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                   image_size=224, patch_size=16, layer_norm_eps=1e-6)
     text = dict(hidden_size=768, encoder_hidden_size=1024, num_attention_heads=12, vocab_size=30524)
+    names = (  # its own names to those of `build`, which has no use for BLIP's contrastive heads
+        (r"^blip\.(text|vision)_proj\..*|.*\.position_ids$", ""), (r"^mlp\.layers", "head"),
+        (r"^blip\.text_encoder", "text"), (r"^blip\.visual_encoder", "vision"),
+        (r"\.cls_token$", ".embeddings.class_embedding"), (r"\.pos_embed$", ".embeddings.position_embedding"),
+        (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."), (r"\.blocks\.", ".encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."), (r"^vision\.norm\.", "vision.post_layernorm."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
 
     def __init__(self, path, device):
         """path: a folder with ImageReward.pt and the tokenizer of bert-base-uncased."""
@@ -628,7 +586,7 @@ class ImageReward(Reward):
         with loading(self.name, path, "", "google-bert/bert-base-uncased") as (folder, _):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         with loading(self.name, path, "", "THUDM/ImageReward", file) as (folder, _), device:
-            self.model = load_strictly(self.build(), from_imagereward(load_file(folder, file)))
+            self.model = load_strictly(self.build(), load_file(folder, file, self.names))
 
     @classmethod
     def build(cls):
@@ -646,30 +604,12 @@ class ImageReward(Reward):
         return (self.model["head"](read.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
 
 
-IMAGEREWARD_NAMES = (
-    (r"^blip\.text_encoder", "text"), (r"^blip\.visual_encoder", "vision"), (r"^mlp\.layers", "head"),
-    (r"\.cls_token$", ".embeddings.class_embedding"), (r"\.pos_embed$", ".embeddings.position_embedding"),
-    (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."), (r"\.blocks\.", ".encoder.layers."),
-    (r"\.norm([12])\.", r".layer_norm\1."), (r"^vision\.norm\.", "vision.post_layernorm."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
-# A buffer of position numbers, and BLIP's contrastive heads, of which the reward makes no use.
-IMAGEREWARD_UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.weight",
-                      "blip.vision_proj.bias", "blip.text_proj.weight", "blip.text_proj.bias")
-
-
-def from_imagereward(tensors):
-    """ImageReward's state dict (BLIP's ViT and med encoder) under the names of `ImageReward.build`."""
-    return rename({key: tensor for key, tensor in tensors.items() if key not in IMAGEREWARD_UNUSED},
-                  IMAGEREWARD_NAMES)
-
-
 # Vision-language models
 
 class Chat(Reward):
-    """Base: a vision-language model that looks at a picture and answers a question, greedily. A subclass has
-    `classes`, of the model and of its processor in transformers; `weights`, a subfolder and a repository;
-    `template`, the conversation in the form the model was trained on, whose {image} becomes one `image_token`
-    for each vector that the picture is seen as; and `see`, from pictures to inputs and counts of vectors."""
+    """Base: a vision-language model answers a question about a picture, greedily. A subclass has `classes`,
+    of model and processor; `weights`, a subfolder and a repository; `template`, whose {image} becomes an
+    `image_token` for each vector of the picture; and `see`, from pictures to inputs and counts of vectors."""
 
     def __init__(self, path, device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -689,7 +629,6 @@ class Chat(Reward):
         tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         if "image_grid_thw" in inputs:  # Qwen wants to be told which tokens are a picture
             tokens["mm_token_type_ids"] = (tokens.input_ids == self.model.config.image_token_id).int()
-        tokens.pop("token_type_ids", None)
         inputs = {key: x.to(self.model.device) for key, x in {**tokens, **inputs}.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         answers = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.new_tokens)
@@ -698,9 +637,8 @@ class Chat(Reward):
 
 
 class VLM(Chat):
-    """DDPO's prompt alignment (Black et al. 2023): LLaVA says what it sees, and BERTScore's recall says how
-    much of `The image contains {prompt}` is in that. As in github.com/kvablack/ddpo-pytorch and LLaVA-server,
-    but for an older LLaVA there, fed JPEGs of quality 80: this is LLaVA 1.5, fed the picture at 336 px.
+    """DDPO's prompt alignment (Black et al. 2023): LLaVA says what it sees, and BERTScore's recall how much
+    of `The image contains {prompt}` is in that (github.com/kvablack/ddpo-pytorch, with an older LLaVA).
     Hacked by letters that name what was asked for. Weights: Llama 2 community (LLaVA), MIT (DeBERTa)."""
     name, range, prompts = "vlm", (0.0, 1.0), "activities"
     template, image_token, new_tokens = "USER: {image}\n{question} ASSISTANT:", "<image>", 64
@@ -712,16 +650,14 @@ class VLM(Chat):
     def __init__(self, path, device):
         """path: a folder with `llava`, and `deberta`, each with its tokenizer."""
         super().__init__(path, device)
-        with loading(self.name, path, "deberta", "microsoft/deberta-xlarge-mnli") as (path, subfolder):
-            self.words = transformers.AutoTokenizer.from_pretrained(path, subfolder=subfolder)
-            self.bert = load_model(transformers.DebertaModel, path, subfolder, num_hidden_layers=self.layer)
-        self.bert.to(device)
+        with loading(self.name, path, "deberta", "microsoft/deberta-xlarge-mnli") as place:
+            self.words = transformers.AutoTokenizer.from_pretrained(place[0], subfolder=place[1])
+            self.bert = load_model(transformers.DebertaModel, *place, num_hidden_layers=self.layer).to(device)
 
     def see(self, images):
-        x, config = clip_pixels(self.processor, images), self.model.config
-        patches = x.shape[2] * x.shape[3] // config.vision_config.patch_size ** 2
-        first = config.vision_feature_select_strategy == "full"  # the default drops the class token
-        return {"pixel_values": x}, [patches + first] * len(images)
+        x = clip_pixels(self.processor, images)
+        patches = x.shape[2] * x.shape[3] // self.model.config.vision_config.patch_size ** 2
+        return {"pixel_values": x}, [patches] * len(images)  # LLaVA drops the class token
 
     def measure_batch(self, images, prompts):
         said = self.token_vectors(self.ask(images, [self.question] * len(images)))
@@ -737,9 +673,7 @@ class VLM(Chat):
 
 
 def bertscore_recall(candidate, reference):
-    """The mean, over the tokens of the reference (m, d), of the best cosine with one of the candidate (n, d):
-    Zhang et al. 2020, arXiv 1904.09675. No idf weights and no rescaling by a baseline, as DDPO has it.
-    (The bert_score package lets a word match special tokens, which are left out here.)"""
+    """BERTScore's recall, no idf or baseline (arXiv 1904.09675): candidate (n, d), reference (m, d)."""
     if not len(candidate) or not len(reference):
         return 0.0
     cosines = F.normalize(reference, dim=-1) @ F.normalize(candidate, dim=-1).T
@@ -747,10 +681,9 @@ def bertscore_recall(candidate, reference):
 
 
 class UnifiedReward(Chat):
-    """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv 2503.05236).
-    Question and picture, resized to 512 x 512 whatever its shape, are those of github.com/yifan123/flow_grpo.
-    A reply without a mark after `Final Score:` is asked for once more, in other words; then the reward fails.
-    Marks are coarse and kind. Hacked by text in the picture that speaks to the judge. Weights: MIT."""
+    """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv 2503.05236),
+    with the question of github.com/yifan123/flow_grpo. A reply without a mark is asked for once more; then it
+    fails. Marks are coarse and kind. Hacked by text in it that speaks to the judge. Weights: MIT."""
     name, range, prompts = "unifiedreward", (1.0, 5.0), "geneval"
     template = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"  # Qwen's
                 "<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n")
@@ -815,14 +748,11 @@ class Found:  # an object that was detected
 
 
 class GenEval(Reward):
-    """Are the objects, counts, colors and positions as asked? (Ghosh et al. 2023, arXiv 2310.11513.)
-
-    The reward is `partial_credit`, for training. `details` has the benchmark's table: for each task the share
-    of pictures that are `as_asked`, and `overall`, the mean over tasks. As in github.com/djghosh13/geneval,
-    Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names their colors, cut out on grey. Not
-    quite the benchmark: the checkpoint is the Mask2Former authors', not mmdet's own, and sides go to
-    multiples of 32 where mmdet pads. Hacked by objects that look pasted, apart from each other, without style
-    or background. Weights: "other" (Mask2Former), none stated (CLIP)."""
+    """Are the objects, counts, colors and positions as asked? (Ghosh et al. 2023, arXiv 2310.11513.) As in
+    github.com/djghosh13/geneval, Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names
+    their colors; but the checkpoint is not mmdet's, and sides go to multiples of 32. The reward is
+    `partial_credit`; `details` has the benchmark's table, each task's share of pictures `as_asked`, and
+    their mean. Hacked by objects apart, as if pasted. Weights: "other" (Mask2Former), none stated (CLIP)."""
     name, prompts = "geneval", "geneval"
     threshold, counting_threshold = 0.3, 0.9  # of a score, the second where objects are counted
     shortest, longest = 800, 1333             # sides that the detector sees, at most
@@ -843,13 +773,15 @@ class GenEval(Reward):
     def measure(self, images, prompts, metadata):
         tags = [entry["tag"] for entry in metadata]
         everything = self.detect(images, tags)
-        self.name_colors(images, everything, metadata)
+        for image, objects, entry in zip(images, everything, metadata):
+            for want in entry["include"]:
+                if "color" in want and want["class"] in objects:
+                    self.name_colors(image, want["class"], objects[want["class"]])
         right = [entry["tag"] for objects, entry in zip(everything, metadata) if as_asked(objects, entry)]
         means = {task: right.count(task) / tags.count(task) for task in TASKS if task in tags}
         self.details = {**means, "overall": sum(means.values()) / len(means)}
         return [partial_credit(objects, entry) for objects, entry in zip(everything, metadata)]
 
-    @torch.no_grad()
     def detect(self, images, tags):
         """A dict {class: [Found, best first]} for each picture, surer ones where they are to be counted."""
         settings = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -857,7 +789,7 @@ class GenEval(Reward):
         sizes = [multiples_of_32(x.height * ratio, x.width * ratio) for x, ratio in zip(images, ratios)]
         found = [None] * len(images)
         for rows in batches(sizes, self.batch * self.shortest ** 2):
-            pixels = [to_pixels(images[i]).to(self.device) for i in rows]
+            pixels = [to_pixels(images[i], self.device) for i in rows]
             x = torch.stack([standardized(own, sizes[rows[0]], settings) for own in pixels])
             output = self.detector(pixel_values=x)
             for i, *logits in zip(rows, output.class_queries_logits, output.masks_queries_logits):
@@ -865,20 +797,17 @@ class GenEval(Reward):
                 found[i] = instances(*logits, (images[i].height, images[i].width), threshold)
         return found
 
-    def name_colors(self, images, everything, metadata):
-        """Set the color of the objects whose prompt asks for one: the nearest of the ten. A color's vector is
-        the mean of CLIP's for three ways to put it."""
-        jobs = [(image, want["class"], found) for image, objects, entry in zip(images, everything, metadata)
-                for want in entry["include"] if "color" in want for found in objects.get(want["class"], [])]
-        if not jobs:
-            return
-        vectors = self.in_batches(self.clip.images, [cut_out(image, found) for image, _, found in jobs])
-        for (_, name, found), vector in zip(jobs, vectors):
-            if name not in self.color_vectors:
-                texts = [f"a photo of a {put}" for color in COLORS
-                         for put in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
-                means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
-                self.color_vectors[name] = F.normalize(means, dim=-1)
+    def name_colors(self, image, name, objects):
+        """Set the colors of objects of the class `name`, cut out on grey: of the ten the nearest, by CLIP."""
+        if name not in self.color_vectors:
+            texts = [f"a photo of a {put}" for color in COLORS
+                     for put in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
+            means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
+            self.color_vectors[name] = F.normalize(means, dim=-1)
+        image, grey = image.convert("RGB"), Image.new("RGB", image.size, "#999")
+        masks = [Image.fromarray(found.mask.numpy()) for found in objects]
+        crops = [Image.composite(image, grey, m).crop(found.box) for m, found in zip(masks, objects)]
+        for found, vector in zip(objects, self.clip.images(crops)):
             found.color = COLORS[int((self.color_vectors[name] @ vector).argmax())]
 
 
@@ -894,17 +823,15 @@ def detector_class():
 
 
 def instances(class_logits, mask_logits, size, threshold, most=16):
-    """Mask2Former's output for one picture, class_logits (Q, 81), the last for no object, and mask_logits
-    (Q, h, w), to {class: [Found, best first]}, those above the threshold. A query may stand for several
-    classes. The score is the class's probability times the mean of the mask's where that is above a half
-    (Cheng et al. 2022, arXiv 2112.01527). size: (height, width) of the picture."""
+    """{class: [Found, best first]} from Mask2Former's class_logits (Q, 81), the last for no object, and
+    mask_logits (Q, h, w), for a picture of size (height, width). A query may stand for several classes. Its
+    score is the class's probability times the mean of the mask's above a half (arXiv 2112.01527)."""
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
     scores, index = class_logits.float().softmax(-1)[:, :-1].flatten().topk(queries)
     index, scores = index[scores > threshold], scores[scores > threshold]  # a mask can only lower them
     if not len(index):
         return {}
-    masks = mask_logits[None, index // classes].float()
-    masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)[0].flatten(1)
+    masks = F.interpolate(mask_logits[None, index // classes].float(), size, mode="bilinear")[0].flatten(1)
     inside = masks > 0
     scores = scores * (masks.sigmoid() * inside).sum(1) / inside.sum(1).clamp(min=1)
     objects = {}
@@ -916,16 +843,9 @@ def instances(class_logits, mask_logits, size, threshold, most=16):
     return {name: own[:most] for name, own in objects.items()}
 
 
-def cut_out(image, found):
-    """The object's box out of the picture, all that is not the object in grey."""
-    image, mask = image.convert("RGB"), Image.fromarray(found.mask.numpy())
-    return Image.composite(image, Image.new("RGB", image.size, "#999"), mask).crop(found.box)
-
-
 def relations(a, b):
-    """Which of RELATIONS the box a is in to the box b: none, one or two, judged by their centres. Along each
-    axis, a tenth of the sum of the two sides does not count. What is left of the offset has to be more than
-    half of the whole distance."""
+    """Which of RELATIONS the box a is in to the box b: none, one or two, by their centres. Along each axis a
+    tenth of the two sides does not count; what is left has to be more than half of the whole distance."""
     sides = [a[i + 2] - a[i] + b[i + 2] - b[i] for i in (0, 1)]
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     distance = math.hypot(*offset) or 1
@@ -934,9 +854,8 @@ def relations(a, b):
 
 
 def as_asked(objects, entry):
-    """The benchmark's verdict: all that is to be included is there, and nothing that is to be excluded. Of
-    each class to include, the best `count` objects are judged: enough of them, all of the color, each in its
-    relation to each of a group. objects {class: [Found, best first]}; entry: GenEval's metadata."""
+    """The benchmark's verdict on objects {class: [Found, best first]}: nothing that is to be excluded, and of
+    each class to include the best `count`, all of the color, each in its relation to each of a group."""
     groups = []
     for want in entry["include"]:
         found = objects.get(want["class"], [])[:want["count"]]
@@ -956,27 +875,22 @@ def placed(found, want, groups):
 
 
 def partial_credit(objects, entry):
-    """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025).
-
-    A count n gets 1 - |n - found| / n, below 0 for more than twice as many; a color the same with the objects
-    of that color. A position gets 1 or 0, and is judged only where the color, if one is asked for, is right.
-    Where the count is wrong, color and position get one 0 between them. As in github.com/yifan123/
-    reward-server, but that a wrong position gets its 0 alone: there a 1 follows it."""
+    """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025). A count n
+    gets 1 - |n - found| / n, below 0 for more than twice as many; a color the same with the objects of that
+    color; a position 1 or 0, judged where the color is right. Where the count is wrong, color and position
+    get one 0 in all. (In github.com/yifan123/reward-server a 1 follows a wrong position's 0.)"""
     credit, groups = [], []
     for want in entry["include"]:
         found, n = objects.get(want["class"], []), want["count"]
-        credit.append(1 - abs(n - len(found)) / n)
-        met = len(found) == n
-        if not met and ("color" in want or "position" in want):
-            credit.append(0.0)
-        if met and "color" in want:
-            right = sum(x.color == want["color"] for x in found)
-            credit.append(1 - abs(n - right) / n)
-            met = right == n
-        if met and "position" in want:
-            met = placed(found, want, groups)
-            credit.append(float(met))
-        groups.append(found if met else None)
+        marks = [1 - abs(n - len(found)) / n]
+        if marks == [1] and "color" in want:
+            marks.append(sum(x.color == want["color"] for x in found) / n)
+        if marks[-1] == 1 and "position" in want:
+            marks.append(float(placed(found, want, groups)))
+        if len(found) != n and ("color" in want or "position" in want):
+            marks.append(0.0)
+        groups.append(found if marks[-1] == 1 else None)
+        credit += marks
     return sum(credit) / len(credit)
 
 
@@ -999,9 +913,8 @@ def malformed(entry):
             return f"{position!r} is no position relative to an object before it"
 
 
-REWARDS = {reward.name: reward for reward in (
-    OCR, Compressibility, Incompressibility, CLIPScore, PickScore, HPSv2, Aesthetic, ImageReward, VLM,
-    UnifiedReward, GenEval)}
+REWARDS = {kind.name: kind for kind in (OCR, Compressibility, Incompressibility, CLIPScore, PickScore, HPSv2,
+                                        Aesthetic, ImageReward, VLM, UnifiedReward, GenEval)}
 
 
 # Prompts
@@ -1012,12 +925,9 @@ def held_out(text):
 
 
 def prompts(source, split, seed):
-    """Pairs (prompt, metadata) from a generator (a name of `PROMPTS`) or from a .txt or .jsonl file.
-    split "train": endless, decided by `seed`. split "eval": a list of at most EVAL_SIZE, whatever the seed.
-    No evaluation text (`ocr`), word (`signs`), animal (`animals`) or prompt (others) is ever trained on.
-    metadata["where"] says where a prompt came from. ValueError, with file and line, for a bad file."""
-    if split not in ("train", "eval"):
-        raise ValueError(f"the split is train or eval, not {split!r}")
+    """Pairs (prompt, metadata) of a generator (a name of `PROMPTS`) or a .txt or .jsonl file: for "train"
+    endless, decided by `seed`; for "eval" at most 512. No evaluation text (`ocr`), word (`signs`), animal
+    (`animals`) or prompt (others) is ever trained on. ValueError, with file and line, for a bad file."""
     rng = random.Random(seed if split == "train" else 0)
     if source in PROMPTS:  # a generator yields prompts, or pairs itself
         items = (item if isinstance(item, tuple) else (item, {}) for item in PROMPTS[source](split, rng))
@@ -1031,7 +941,7 @@ def prompts(source, split, seed):
     if split == "train":
         return pairs
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
-    return list(islice(dict(islice(pairs, 4 * EVAL_SIZE)).items(), EVAL_SIZE))
+    return list(islice(dict(islice(pairs, 2048)).items(), 512))
 
 
 def read_prompt_file(path):
@@ -1042,8 +952,7 @@ def read_prompt_file(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as cause:
-        reason = getattr(cause, "strerror", None) or cause
-        raise ValueError(f"cannot read the prompts in {path}: {reason}") from cause
+        raise ValueError(f"cannot read the prompts in {path}: {getattr(cause, 'strerror', cause)}") from cause
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
@@ -1052,8 +961,7 @@ def read_prompt_file(path):
         except json.JSONDecodeError as cause:
             raise ValueError(f"{where}: not JSON ({cause.msg}, column {cause.colno})") from cause
         except (AttributeError, KeyError, TypeError) as cause:
-            example = '{"prompt": "a cat"}'
-            raise ValueError(f'{where}: needs an object with a "prompt", as in {example}') from cause
+            raise ValueError(f'{where}: needs an object with a "prompt", as {{"prompt": "a cat"}}') from cause
         if not prompt:
             raise ValueError(f"{where}: the prompt is blank")
         pairs.append((prompt, {**entry, "where": where}))
@@ -1105,32 +1013,14 @@ ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat l
 wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck
 goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
 ACTIVITIES = "washing the dishes", "playing chess", "riding a bike"
-
-
-def animal_prompts(split, rng):
-    """The 45 common animals of DDPO (Black et al. 2023): `a cat`, `an ant`. Four of them are held out."""
-    animals = [animal for animal in ANIMALS if held_out(animal) == (split == "eval")]
-    while True:
-        yield phrase(rng.choice(animals))
-
-
-def activity_prompts(split, rng):
-    """Animals at things that no photograph shows, DDPO's alignment task: `an ant playing chess`."""
-    pairs = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
-    pairs = [pair for pair in pairs if held_out(pair) == (split == "eval")]
-    while True:
-        yield rng.choice(pairs)
-
-
 NUMBERS = "zero one two three four".split()
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "computer mouse": "computer mice"}
 PORTIONS = {"skis": "pair", "scissors": "pair", "broccoli": "head"}  # counted by these
 
 
 def geneval_prompts(split, rng):
-    """GenEval's six tasks in turn over COCO's 80 classes: pairs (prompt, metadata), the metadata as in its
-    evaluation_metadata.jsonl. Worded as there, with better grammar: two knives, a pair of red skis.
-    Prompts that differ only in the order of their objects are in one split (Flow-GRPO, Liu et al. 2025)."""
+    """GenEval's six tasks in turn over COCO's 80 classes, with metadata as in its evaluation_metadata.jsonl.
+    Prompts that differ only in the order of their objects share a split (Flow-GRPO, Liu et al. 2025)."""
     for task in cycle(TASKS):
         parts = None
         while parts is None or held_out(" and ".join(sorted(parts))) != (split == "eval"):
@@ -1138,14 +1028,13 @@ def geneval_prompts(split, rng):
             n, (color, other), relation = rng.randint(2, 4), rng.sample(COLORS, 2), rng.choice(RELATIONS)
             first, second = {"class": a, "count": 1}, {"class": b, "count": 1}
             red, blue = {**first, "color": color}, {**second, "color": other}
-            parts, include = {
-                "single_object": ([phrase(a)], [first]),
-                "two_object": ([phrase(a), phrase(b)], [first, second]),
-                "counting": ([phrase(a, n)], [{**first, "count": n}]),
-                "colors": ([phrase(a, 1, color)], [red]),
-                "position": ([f"{phrase(a)} {relation} {phrase(b)}"],
-                             [second, {**first, "position": [relation, 0]}]),
-                "color_attr": ([phrase(a, 1, color), phrase(b, 1, other)], [red, blue])}[task]
+            include = {
+                "single_object": [first], "two_object": [first, second], "counting": [{**first, "count": n}],
+                "colors": [red], "color_attr": [red, blue],
+                "position": [second, {**first, "position": [relation, 0]}]}[task]
+            parts = [phrase(want["class"], want["count"], want.get("color")) for want in include]
+            if task == "position":
+                parts = [f"{parts[1]} {relation} {parts[0]}"]
         exclude = {"exclude": [{"class": a, "count": n + 1}]} if task == "counting" else {}
         yield f"a photo of {' and '.join(parts)}", {"tag": task, "include": include, **exclude}
 
@@ -1161,8 +1050,18 @@ def phrase(name, count=1, color=None):
     return f"{'an' if colored[0] in 'aeiou' else 'a'} {colored}"
 
 
-PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": animal_prompts,
-           "activities": activity_prompts, "geneval": geneval_prompts}
+def chosen(texts, split, rng):
+    """Prompts of a fixed list, {text that decides the split: prompt}."""
+    own = [prompt for text, prompt in texts.items() if held_out(text) == (split == "eval")]
+    while True:
+        yield rng.choice(own)
+
+
+# DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those at what no photograph shows.
+DOING = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
+PROMPTS = {"ocr": text_prompts, "signs": sign_prompts,
+           "animals": partial(chosen, {animal: phrase(animal) for animal in ANIMALS}),
+           "activities": partial(chosen, {text: text for text in DOING}), "geneval": geneval_prompts}
 
 
 # What a run asks for, and what it shows
@@ -1183,10 +1082,9 @@ def open_run(args):
 
 
 def load_task(args, device):
-    """What the settings of a script ask for: (reward, judge, stream, prompts, metadata).
-    judge: the rewards of --eval-rewards that are not trained on, or None. stream: endless training pairs
-    (prompt, metadata). prompts, metadata: the held-out ones, `eval_images` of them or all of --eval-prompts.
-    ValueError or OSError, of one line, for what cannot be loaded and for a prompt that cannot be scored."""
+    """What the settings of a script ask for: (reward, judge, stream, prompts, metadata). judge: the rewards
+    of --eval-rewards not trained on, or None. stream: endless training pairs. prompts, metadata: the held-out
+    ones. ValueError or OSError, of one line, for what cannot be loaded or scored."""
     source = args.prompts or default_prompts(args.reward)
     stream, held_out = (prompts(source, split, args.seed) for split in ("train", "eval"))
     texts, metadata = zip(*(read_prompt_file(args.eval_prompts) if args.eval_prompts else
@@ -1202,8 +1100,7 @@ def load_task(args, device):
 
 
 def choose_dtype(device):
-    """What --dtype auto stands for: "bf16" where a GPU has it, or a CPU multiplies two matrices at least 1.5
-    times as fast in it, else "fp32". (A CPU without bf16 instructions would train 90 times slower in it.)"""
+    """--dtype auto: "bf16" where a GPU has it, or a CPU is at least 1.5 times as fast in it; else "fp32"."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     times = {torch.float32: [], torch.bfloat16: []}
@@ -1225,8 +1122,7 @@ def hush():
 
 def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     """Score held-out images and show them: a line of metrics.jsonl and of the console, a contact sheet, the
-    run's curve. A mere look at a run, --resume DIR --epochs 0, is logged as `test` and is no part of its
-    curve. Returns the mean of the trained reward."""
+    curve. A mere look, --resume DIR --epochs 0, is logged as `test`. Returns the trained reward's mean."""
     R, parts = reward.score(images, prompts, metadata)
     unseen = judge.score(images, prompts, metadata)[1] if judge else {}
     parts |= {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
@@ -1241,23 +1137,20 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     sheet = folder / "samples" / ("test.png" if look else f"epoch-{epoch:04d}.png")
     contact_sheet(sheet, images[:16], [f"{r:.2f}  {prompt}" for r, prompt in zip(R[:16].tolist(), prompts)])
     if not look:
-        curves = {split: [reward_curve(folder, split)] for split in ("train", "eval")}
-        plot(folder / "curve.png", {split: runs for split, runs in curves.items() if runs[0]}, reward.name)
+        curves = {split: reward_curve(folder, split) for split in ("train", "eval")}
+        plot(folder / "curve.png", {split: run for split, run in curves.items() if run}, reward.name)
     return R.mean().item()
 
 
 def log_epoch(folder, args, progress, R, parts, values, seconds, device):
-    """A training epoch's line of metrics.jsonl, and of the console. values: what the algorithm has to say,
-    {name: float}. seconds: of the phases sample, reward and train."""
+    """Log a training epoch and print it. values {name: float}. seconds: of sampling, scoring, training."""
     epoch, rate, memory = progress["epoch"] - 1, len(R) / sum(seconds), peak_gb(device)
-    phases = dict(zip(("sample", "reward", "train"), seconds))
-    speed = {**{f"{phase}_seconds": t for phase, t in phases.items()}, "images_per_second": rate}
-    log(folder, args, progress, "train", epoch, R, parts, {**values, **speed, "peak_gb": memory})
-    formats = {"loss": "loss {:.3f}", "approx_kl": "KL {:.0e}", "clip_fraction": "clipped {:.0%}",
-               "grad_norm": "grad {:.2g}"}
-    shown = [text.format(values[key]) for key, text in formats.items() if key in values]
-    shown = shown[1:] if "approx_kl" in values else shown  # a policy gradient's loss says nothing
-    tqdm.write(f"epoch {epoch:3d}  reward {R.mean():.4g}  {'  '.join(shown)} | "
+    speed = {f"{phase}_seconds": t for phase, t in zip(("sample", "reward", "train"), seconds)}
+    speed |= {"images_per_second": rate, "peak_gb": memory}
+    log(folder, args, progress, "train", epoch, R, parts, values | speed)
+    shown = "KL {approx_kl:.0e}  clipped {clip_fraction:.0%}" if "approx_kl" in values else "loss {loss:.3f}"
+    shown = (shown + "  grad {grad_norm:.2g}").format(**values)
+    tqdm.write(f"epoch {epoch:3d}  reward {R.mean():.4g}  {shown} | "
                "{:.1f} + {:.1f} + {:.1f} s".format(*seconds) + f", {rate:.3g} img/s, {memory:.1f} GB")
 
 
@@ -1300,14 +1193,13 @@ def read_metrics(folder):
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
 
 
-def reward_curve(folder, split="eval", x="images"):
-    """A run's points (images scored, mean reward) for `plot`, or with x="seconds" (time spent, reward)."""
-    return [(m[x], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
+def reward_curve(folder, split="eval"):
+    """A run's points (images scored, mean reward), for `plot`."""
+    return [(m["images"], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
 
 
 def write_aside(path, content):
-    """Write a text, or call content(aside), on a path beside `path`; then rename. A killed save leaves the
-    previous file."""
+    """Write a text, or call content(aside), beside `path`, then rename: a killed save leaves the old file."""
     aside = Path(f"{path}.aside")
     aside.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(content) if isinstance(content, str) else content(aside)
@@ -1329,40 +1221,28 @@ def contact_sheet(path, images, captions, columns=4):
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
-LINE_COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#475569", "#dc2626")
-
-
-def plot(path, curves, ylabel="reward", xlabel="images scored", levels=None, size=(900, 560)):
-    """A line chart. curves {label: [runs]}: each run, a list of (x, y), is thin and their mean thick. levels
-    {label: y}: dashed."""
-    levels = levels or {}
-    points = [point for runs in curves.values() for run in runs for point in run]
-    heights = [y for _, y in points] + list(levels.values())
-    right, low, high = max(x for x, _ in points) or 1, min(heights), max(heights)
+def plot(path, curves, ylabel):
+    """A line chart of curves {label: [(images scored, mean reward)]}."""
+    xs, ys = zip(*(point for curve in curves.values() for point in curve))
+    right, low, high = max(xs) or 1, min(ys), max(ys)
     steps = (digit * 10.0 ** power for power in count(-6) for digit in (1, 2, 5))
     step = next(step for step in steps if high - low <= 8 * step)
     bottom, top = math.floor(low / step), math.floor(high / step) + 1  # the axis, in steps
-    image = Image.new("RGB", (size[0] * 2, size[1] * 2), "white")  # shrunk at the end: smooth lines
+    image = Image.new("RGB", (1800, 1120), "white")  # shrunk at the end: smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=30)
-    width, height = image.width - 200, image.height - 160
 
     def at(x, y):
-        return 140 + width * x / right, 40 + height * (top - y / step) / (top - bottom)
+        return 140 + 1600 * x / right, 40 + 960 * (top - y / step) / (top - bottom)
 
     for y in (i * step for i in range(bottom, top + 1)):
         pen.line([at(0, y), at(right, y)], "#e2e8f0", 2)
         pen.text((124, at(0, y)[1]), f"{y:.4g}", "black", font, "rm")
     for x in (right * i / 4 for i in range(5)):
-        pen.text((at(x, 0)[0], height + 56), f"{x:,.0f}", "black", font, "mt")
-    pen.text((140 + width / 2, height + 104), f"{ylabel}, against {xlabel}", "black", font, "mt")
-    colors = dict(zip([*curves, *levels], cycle(LINE_COLORS)))
-    for label, runs in curves.items():
-        mean = [[sum(values) / len(runs) for values in zip(*points)] for points in zip(*runs)]
-        for run, thickness in [*((run, 2) for run in runs), (mean, 6)]:
-            pen.line([at(*point) for point in run], colors[label], thickness)
-    for label, y in levels.items():
-        for x in range(50):
-            pen.line([at(right * x / 50, y), at(right * (x + 0.6) / 50, y)], colors[label], 4)
+        pen.text((at(x, 0)[0], 1016), f"{x:,.0f}", "black", font, "mt")
+    pen.text((940, 1064), f"{ylabel}, against images scored", "black", font, "mt")
+    colors = dict(zip(curves, ("#2563eb", "#ea580c")))
+    for label, curve in curves.items():
+        pen.line([at(*point) for point in curve], colors[label], 6, "curve")
     for i, (label, color) in enumerate(colors.items()):  # the legend, in the top left corner: rewards rise
         pen.text((160, 52 + 44 * i), label, color, font, stroke_width=6, stroke_fill="white")
-    write_aside(path, lambda aside: image.resize(size, Image.LANCZOS).save(aside, "PNG"))
+    write_aside(path, lambda aside: image.resize((900, 560), Image.LANCZOS).save(aside, "PNG"))
