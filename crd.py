@@ -122,9 +122,10 @@ PRESETS = {
     "geneval": dict(reward="geneval", train_timesteps=9),
     "tiny": dict(model=str(TINY), reward=f"ocr@{TINY}", prompts="signs", height=32, width=64, device="cpu",
                  max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8, rollout_steps=6,
-                 sample_batch=192, decode_batch=96, micro_batch=96, train_timesteps=2, steps_per_epoch=6,
-                 lr=1e-3, old_decay=(0, 0.25, 0.005, 0.95), anchor_guidance=4.0, grad_checkpoint=False,
-                 epochs=20, eval_steps=10, eval_images=512),
+                 sample_batch=192, decode_batch=96, micro_batch=64, train_timesteps=2, steps_per_epoch=6,
+                 lr=1.5e-3, ema=0.97, old_decay=(0, 0.25, 0.01, 0.9), anchor_guidance=4.0,
+                 grad_checkpoint=False, epochs=36, eval_every=12, eval_steps=10, eval_images=512,
+                 eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color"),
 }
 
 
@@ -244,7 +245,7 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
 
     x0, noise (B, C, h, w), targets and normalized_reward (B,): whole groups side by side; cond of their B / K
     prompts. A micro-batch is some groups or a piece of one; where groups are cut, rho's mean over the whole
-    group comes from a pass without gradients. Returns `weight` times (L, L_crd, anchor, rho, mean rho^2).
+    group comes from a pass without gradients. Returns `weight` times (L, L_crd, anchor, rho, its variance).
     """
     K, B, totals = args.group_size, len(x0), torch.zeros(5)
     x, u = add_noise(x0, noise, sigma), noise - x0
@@ -265,7 +266,7 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
                 rho_mean = group_mean(rho, targets[chunk], K, args.tau)
         for rows in pieces:
             v = predict(rows, "policy", grad=True)
-            reward_loss = anchor = rho = torch.zeros((), device=v.device)
+            reward_loss = anchor = rho = spread = torch.zeros((), device=v.device)
             if args.reward_weight:
                 here = rows - chunk[0]
                 rho = implicit_reward(v, v_old[here], u[rows])
@@ -273,12 +274,13 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
                     rho_mean = group_mean(rho.detach(), targets[rows], K, args.tau)
                 reward_loss = crd_loss(rho, rho_mean[:, here], targets[rows], targets_mean[:, rows],
                                        args.beta, args.advantage_clip)
+                spread = (rho - rho_mean[0, here]).square()
             if args.anchor:
                 v_ref = predict(rows, None, args.anchor_guidance)
                 anchor = anchor_loss(v, v_ref, normalized_reward[rows], args.anchor)
             loss, share = args.reward_weight * reward_loss + anchor, weight * len(rows) / B
             (share * loss).backward()
-            values = torch.stack([loss, reward_loss, anchor, rho.mean(), rho.square().mean()])
+            values = torch.stack([loss, reward_loss, anchor, rho.mean(), spread.mean()])
             totals += share * values.detach().cpu()
     return totals
 
@@ -354,7 +356,7 @@ def train(args):
         clock.append(time.perf_counter())
 
         # 3. Train: each optimizer step on its share of the groups, at T of the rollout's sigmas.
-        totals = torch.zeros(6)  # of the loss, its two terms, rho, rho squared and the gradient's norm
+        totals = torch.zeros(6)  # loss, its two terms, rho, its variance in a group, the gradient's norm
         for rows in tqdm(torch.arange(N).split(N // args.steps_per_epoch), desc="train", leave=False):
             share = [t[rows[::K] // K] for t in cond]
             for i in torch.randperm(args.rollout_steps, generator=generator, device=device)[:T]:
@@ -379,9 +381,9 @@ def train(args):
         seconds = [end - begin for begin, end in itertools.pairwise(clock)]
         for key, more in {"epoch": 1, "prompts": args.groups, "images": N, "seconds": sum(seconds)}.items():
             progress[key] += more
-        loss, centered_loss, anchor, rho, rho_squared, grad_norm = (totals / args.steps_per_epoch).tolist()
-        values = dict(loss=loss, centered_loss=centered_loss, anchor=anchor, grad_norm=grad_norm, rho=rho,
-                      rho_std=max(rho_squared - rho**2, 0) ** 0.5)
+        loss, centered_loss, anchor, rho, spread, grad_norm = (totals / args.steps_per_epoch).tolist()
+        values = dict(loss=loss, centered_loss=centered_loss, anchor=anchor, grad_norm=grad_norm, rho=rho)
+        values["rho_std"] = spread**0.5  # within a group: what there is to regress on the reward
         rewards.log_epoch(folder, args, progress, R, parts, values, seconds, device)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             evaluate()
@@ -556,14 +558,12 @@ def load_pipeline(args, device):
 @torch.no_grad()
 def encode(pipe, prompts, args):
     """N prompts to (embeddings (N, L, D), pooled (N, P)). The text encoders visit the device for it."""
-    encoders = [m for name, m in pipe.components.items() if name.startswith("text_encoder") and m]
-    for module in encoders:
-        module.to(pipe.vae.device)
+    encoders = nn.ModuleList(module for name, module in pipe.components.items()
+                             if name.startswith("text_encoder") and module).to(pipe.vae.device)
     parts = [pipe.encode_prompt(list(prompts[i:i + 16]), None, None, do_classifier_free_guidance=False,
                                 device=pipe.vae.device, max_sequence_length=args.max_sequence_length)
              for i in range(0, len(prompts), 16)]
-    for module in encoders:
-        module.to("cpu")
+    encoders.to("cpu")
     return torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
 
 

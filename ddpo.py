@@ -120,7 +120,7 @@ PRESETS = {
     "tiny": dict(model=str(TINY), reward=f"ocr@{TINY}", prompts="signs", height=32, width=64, device="cpu",
                  max_sequence_length=1, images=192, group_size=8, stat_min=8, guidance=1.0, random_steps=3,
                  clip=1e-3, micro_batch=96, decode_batch=96, lr=6e-4, epochs=60, grad_checkpoint=False,
-                 eval_images=512),
+                 eval_images=512, eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color"),
 }
 
 

@@ -141,6 +141,21 @@ class Compressibility(Incompressibility):
     name, range, sign = "compressibility", (-200.0, -0.6), -1
 
 
+class Color(Reward):
+    """1 where the median color of tiny-sd3's sign is nearest to that of its prompt, else 0. A judge."""
+    name, prompts = "color", "signs"
+
+    def objection(self, prompt, metadata):
+        if not set(prompt.split()) & set(SIGN_COLORS):
+            return f"needs one of {', '.join(SIGN_COLORS)} in the prompt, and there is none in {prompt!r}"
+
+    def measure(self, images, prompts, metadata):
+        palette = torch.tensor([*SIGN_COLORS.values()], dtype=torch.float32)
+        medians = torch.stack([to_pixels(image, "cpu").flatten(1).median(1).values for image in images])
+        nearest = torch.cdist(medians, palette).argmin(1)
+        return [float([*SIGN_COLORS][i] in prompt.split()) for i, prompt in zip(nearest, prompts)]
+
+
 def load(spec, device, batch=16):
     """The Reward of a spec, shown `batch` pictures at once. ValueError, OSError: what cannot be loaded."""
     weights, parts = parse_spec(spec), []
@@ -913,8 +928,8 @@ def malformed(entry):
             return f"{position!r} is no position relative to an object before it"
 
 
-REWARDS = {kind.name: kind for kind in (OCR, Compressibility, Incompressibility, CLIPScore, PickScore, HPSv2,
-                                        Aesthetic, ImageReward, VLM, UnifiedReward, GenEval)}
+REWARDS = {kind.name: kind for kind in (OCR, Color, Compressibility, Incompressibility, CLIPScore, PickScore,
+                                        HPSv2, Aesthetic, ImageReward, VLM, UnifiedReward, GenEval)}
 
 
 # Prompts
@@ -972,14 +987,15 @@ def read_prompt_file(path):
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwxyz", "aeiou"
 PATTERNS = ("CVC", "CVVC", "CVCV", "CCVC", "VCVC", "CVCC")
-SIGN_COLORS = ("red", "green", "blue", "black", "brown", "teal")
+SIGN_COLORS = {"red": (200, 40, 40), "green": (30, 140, 60), "blue": (40, 70, 200), "black": (30, 30, 34),
+               "brown": (130, 84, 44), "teal": (20, 130, 140)}  # as tiny-sd3 was shown them
 
 
 def sign_prompts(split, rng):
     """What tiny-sd3 draws: words of three or four letters, mostly pronounceable, `"moon" on a blue sign`."""
     while True:
         word = "".join(rng.choice(CONSONANTS if kind == "C" else VOWELS) for kind in rng.choice(PATTERNS))
-        color = rng.choice(SIGN_COLORS)
+        color = rng.choice([*SIGN_COLORS])
         if held_out(word) == (split == "eval"):
             yield f'"{word}" on a {color} sign'
 
@@ -1122,10 +1138,12 @@ def hush():
 
 def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     """Score held-out images and show them: a line of metrics.jsonl and of the console, a contact sheet, the
-    curve. A mere look, --resume DIR --epochs 0, is logged as `test`. Returns the trained reward's mean."""
+    curve (where each unseen reward's range is stretched to the trained one's). A mere look, --resume DIR
+    --epochs 0, is logged as `test`. Returns the trained reward's mean."""
     R, parts = reward.score(images, prompts, metadata)
     unseen = judge.score(images, prompts, metadata)[1] if judge else {}
-    parts |= {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
+    unseen = {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
+    parts |= unseen
     tables = reward.tables() | (judge.tables() if judge else {})
     tables = {f"{name} details": rows for name, rows in tables.items()}
     epoch, look = progress["epoch"], args.resume and not args.epochs
@@ -1137,8 +1155,14 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     sheet = folder / "samples" / ("test.png" if look else f"epoch-{epoch:04d}.png")
     contact_sheet(sheet, images[:16], [f"{r:.2f}  {prompt}" for r, prompt in zip(R[:16].tolist(), prompts)])
     if not look:
-        curves = {split: reward_curve(folder, split) for split in ("train", "eval")}
-        plot(folder / "curve.png", {split: run for split, run in curves.items() if run}, reward.name)
+        curves = {split: [reward_curve(folder, split)] for split in ("train", "eval")}
+        for _, part in getattr(judge, "parts", [(1, judge)] if judge else []):
+            name = part.name + " (unseen)" * (part.name not in unseen)
+            points = reward_curve(folder, "eval", name)
+            lo, hi = (f([*part.range, *(y for _, y in points)]) for f in (min, max))
+            low, high = reward.range
+            curves[name] = [[(x, low + (high - low) * (y - lo) / (hi - lo)) for x, y in points]]
+        plot(folder / "curve.png", {name: runs for name, runs in curves.items() if runs[0]}, reward.name)
     return R.mean().item()
 
 
@@ -1193,9 +1217,9 @@ def read_metrics(folder):
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # not a line cut by a kill
 
 
-def reward_curve(folder, split="eval"):
-    """A run's points (images scored, mean reward), for `plot`."""
-    return [(m["images"], m["reward"]) for m in read_metrics(folder) if m["split"] == split]
+def reward_curve(folder, split="eval", y="reward", x="images"):
+    """A run's points (images scored, mean reward), for `plot`, or of any other two numbers that it logs."""
+    return [(m[x], m[y]) for m in read_metrics(folder) if m["split"] == split and y in m]
 
 
 def write_aside(path, content):
@@ -1221,9 +1245,9 @@ def contact_sheet(path, images, captions, columns=4):
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
-def plot(path, curves, ylabel):
-    """A line chart of curves {label: [(images scored, mean reward)]}."""
-    xs, ys = zip(*(point for curve in curves.values() for point in curve))
+def plot(path, curves, ylabel="reward", xlabel="images scored"):
+    """A line chart of curves {label: runs}, each a list of (x, y). Runs are thin, their mean is thick."""
+    xs, ys = zip(*(point for runs in curves.values() for run in runs for point in run))
     right, low, high = max(xs) or 1, min(ys), max(ys)
     steps = (digit * 10.0 ** power for power in count(-6) for digit in (1, 2, 5))
     step = next(step for step in steps if high - low <= 8 * step)
@@ -1239,10 +1263,12 @@ def plot(path, curves, ylabel):
         pen.text((124, at(0, y)[1]), f"{y:.4g}", "black", font, "rm")
     for x in (right * i / 4 for i in range(5)):
         pen.text((at(x, 0)[0], 1016), f"{x:,.0f}", "black", font, "mt")
-    pen.text((940, 1064), f"{ylabel}, against images scored", "black", font, "mt")
-    colors = dict(zip(curves, ("#2563eb", "#ea580c")))
-    for label, curve in curves.items():
-        pen.line([at(*point) for point in curve], colors[label], 6, "curve")
+    pen.text((940, 1064), f"{ylabel}, against {xlabel}", "black", font, "mt")
+    colors = dict(zip(curves, cycle(("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#475569", "#dc2626"))))
+    for label, runs in curves.items():
+        mean = [[sum(values) / len(runs) for values in zip(*points)] for points in zip(*runs)]
+        for run, thickness in [*((run, 2) for run in runs), (mean, 6)]:
+            pen.line([at(*point) for point in run], colors[label], thickness, "curve")
     for i, (label, color) in enumerate(colors.items()):  # the legend, in the top left corner: rewards rise
         pen.text((160, 52 + 44 * i), label, color, font, stroke_width=6, stroke_fill="white")
     write_aside(path, lambda aside: image.resize((900, 560), Image.LANCZOS).save(aside, "PNG"))
