@@ -10,9 +10,8 @@ pairs (prompt, metadata), a dict that says at least `where` the prompt came from
 
 To add a reward, subclass `Reward`: give it a `name`, a `range`, a `measure`, an `objection` if it cannot
 score every prompt, and a place in `REWARDS`. Each class says how its reward is hacked, and the licence of its
-weights. A reward that fails stops the run. It never quietly becomes 0: an optimiser would learn from that
-zero. Weights are read from safetensors or by torch's weights-only loader: no file can run code. Models run in
-float32, as in bf16 the batch could move a pickscore by 0.1, but for the two of 7 B, in bf16 on a GPU.
+weights; no file of them can run code. A reward that fails stops the run: a quiet 0 would be learnt from.
+Models run in float32 (in bf16 the batch could move a pickscore by 0.1), the two of 7 B in bf16 on a GPU.
 """
 
 import contextlib
@@ -94,7 +93,8 @@ class Reward:
 
     def tables(self):
         """{name: details} of the rewards in it that have any."""
-        return {self.name: self.details} if self.details else {}
+        parts = getattr(self, "parts", [(1, self)])
+        return {reward.name: reward.details for _, reward in parts if reward.details}
 
 
 class WeightedSum(Reward):
@@ -113,9 +113,6 @@ class WeightedSum(Reward):
     def check(self, prompts, metadata):
         for _, reward in self.parts:
             reward.check(prompts, metadata)
-
-    def tables(self):
-        return {name: rows for _, reward in self.parts for name, rows in reward.tables().items()}
 
     def score(self, images, prompts, metadata):
         scores = {reward.name: reward(images, prompts, metadata) for _, reward in self.parts}
@@ -225,8 +222,7 @@ def load_model(kind, path, subfolder="", dtype=torch.float32, **options):
 
 
 def load_file(path, filename, names, subfolder=""):
-    """The tensors of one file, no code in it run. `names`, pairs (pattern, replacement), are applied to their
-    names in order; a tensor left without a name is dropped. ValueError if two get the same."""
+    """The tensors of one file, renamed by each pair (pattern, replacement) of `names` in order."""
     file, renamed = transformers.utils.cached_file(path, filename, subfolder=subfolder), {}
     tensors = torch.load(file, map_location="cpu", weights_only=True)
     for key, tensor in tensors.get("state_dict", tensors).items():
@@ -234,7 +230,7 @@ def load_file(path, filename, names, subfolder=""):
             key = re.sub(pattern, replacement, key)
         if key in renamed:
             raise ValueError(f"two tensors are named {key}")
-        if key:
+        if key:  # one left without a name is not needed
             renamed[key] = tensor
     return renamed
 
@@ -260,9 +256,8 @@ def quoted(prompt):
 
 
 def edit_similarity(target, read):
-    """1 where `target` is part of what was `read`, else `1 - min(d, n) / n`: d their Levenshtein distance, n
-    the length of the target. Case and spaces do not count."""
-    target, read = ("".join(text.casefold().split()) for text in (target, read))
+    """1 if `target` is in `read`, else `1 - min(d, n) / n`: d the Levenshtein distance, n = len(target)."""
+    target, read = ("".join(text.casefold().split()) for text in (target, read))  # ignore case and spaces
     if target in read:
         return 1.0
     row = list(range(len(read) + 1))  # row[j] = distance from target[:i] to read[:j]
@@ -331,14 +326,13 @@ class OCR(Reward):
         widths = [min(line_width(*x.shape[1:], size["height"], size["width"]), longest) for x in crops]
         # Padded to whole steps of 32, so that lines share a batch and the padding depends on the line alone.
         padded = [max(self.spell["pad_size"]["width"], math.ceil(width / 32) * 32) for width in widths]
-        texts = [None] * len(crops)
+        texts = {}
         for rows in batches([(size["height"], width) for width in padded], self.batch_pixels):
             lines = [standardized(crops[i], (size["height"], widths[i]), self.spell) for i in rows]
             x = torch.stack([F.pad(line, (0, padded[rows[0]] - line.shape[2])) for line in lines])
             classes = self.recogniser(pixel_values=x).last_hidden_state
-            for i, text in zip(rows, ctc_decode(classes, self.characters)):
-                texts[i] = text
-        return texts
+            texts |= zip(rows, ctc_decode(classes, self.characters))
+        return [texts[i] for i in range(len(crops))]
 
 
 def load_settings(path, subfolder):
@@ -365,8 +359,7 @@ def standardized(pixels, size, settings):
 
 
 def detector_size(height, width, limit, limit_type):
-    """(height, width) for the detector: the longest side is at most `limit` ("max") or exactly that
-    ("resize_long"), or the shortest at least that ("min"); then each goes to the nearest multiple of 32."""
+    """(height, width) for the detector, scaled as PP-OCR's `limit_type` says, to multiples of 32."""
     ratio = {"max": min(limit / max(height, width), 1), "min": max(limit / min(height, width), 1),
              "resize_long": limit / max(height, width)}[limit_type]
     return multiples_of_32(int(height * ratio), int(width * ratio))
@@ -399,18 +392,16 @@ def batches(sizes, pixels):
 
 
 def find_boxes(maps, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3, most=1000):
-    """Boxes (x0, y0, x1, y1) in pixels, a list for each of the text maps (B, H, W) in 0..1, which mark a
-    shrunken core of each line (Liao et al. 2020, arXiv 1911.08947). Pixels above `threshold` that touch,
-    diagonals included, are a blob. Of the `most` lowest those count whose box has `min_side` pixels each way
-    and a mean of `box_threshold`. Boxes grow by `area * unclip / perimeter` on all sides, maybe too far."""
+    """Boxes (x0, y0, x1, y1) in pixels, a list for each of the text maps (B, H, W) in 0..1. A map marks a
+    shrunken core of each line (Liao et al. 2020, arXiv 1911.08947): boxes grow, maybe over the edge. Of the
+    `most` lowest blobs those count whose box has `min_side` pixels each way and a mean of `box_threshold`."""
     mask = maps > threshold
     _, y, x = mask.nonzero(as_tuple=True)
     blobs, blob = connected(mask).unique(return_inverse=True)
     corners = torch.stack([torch.zeros_like(blobs).scatter_reduce(0, blob, v, how, include_self=False)
                            for how in ("amin", "amax") for v in (x, y)], 1)
-    owners, boxes = blobs // mask[0].numel(), []
+    owners, boxes = blobs // mask[0].numel(), [[] for _ in maps]
     for b, scores in enumerate(maps.double().cpu()):
-        boxes.append([])
         for x0, y0, x1, y1 in corners[owners == b][-most:].tolist():
             w, h = x1 - x0, y1 - y0
             if min(w, h) >= min_side and scores[y0:y1 + 1, x0:x1 + 1].mean() >= box_threshold:
@@ -437,8 +428,7 @@ def connected(mask):
 
 
 def reading_order(boxes):
-    """Boxes (x0, y0, x1, y1) from top to bottom, those on one line from left to right. A box is on the line
-    of the box above it when its middle is higher than that line's first box reaches."""
+    """Boxes line by line, from the left. A line has those whose middle is above its first box's bottom."""
     lines = []
     for box in sorted(boxes, key=lambda box: box[1] + box[3]):
         if not lines or (box[1] + box[3]) / 2 >= lines[-1][0][3]:
@@ -456,8 +446,7 @@ def ctc_decode(scores, characters):
 # CLIP and its kin
 
 class CLIP:
-    """A CLIP model (Radford et al. 2021): pictures and texts to unit vectors (n, d), on its device. A picture
-    goes through the checkpoint's own processor, which cuts out its centre; a text is cut to 77 tokens."""
+    """A CLIP model (Radford et al. 2021): pictures and texts, cut to 77 tokens, to unit vectors (n, d)."""
 
     def __init__(self, reward, path, subfolder, repository, device, model=None):
         with loading(reward, path, subfolder, repository) as (path, subfolder):
@@ -799,13 +788,12 @@ class GenEval(Reward):
 
     def detect(self, images, tags):
         """A dict {class: [Found, best first]} for each picture, surer ones where they are to be counted."""
-        settings = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+        stats = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
         ratios = [min(self.shortest / min(image.size), self.longest / max(image.size)) for image in images]
         sizes = [multiples_of_32(x.height * ratio, x.width * ratio) for x, ratio in zip(images, ratios)]
         found = [None] * len(images)
         for rows in batches(sizes, self.batch * self.shortest ** 2):
-            pixels = [to_pixels(images[i], self.device) for i in rows]
-            x = torch.stack([standardized(own, sizes[rows[0]], settings) for own in pixels])
+            x = torch.stack([standardized(to_pixels(images[i], self.device), sizes[i], stats) for i in rows])
             output = self.detector(pixel_values=x)
             for i, *logits in zip(rows, output.class_queries_logits, output.masks_queries_logits):
                 threshold = self.counting_threshold if tags[i] == "counting" else self.threshold
@@ -820,8 +808,7 @@ class GenEval(Reward):
             means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
             self.color_vectors[name] = F.normalize(means, dim=-1)
         image, grey = image.convert("RGB"), Image.new("RGB", image.size, "#999")
-        masks = [Image.fromarray(found.mask.numpy()) for found in objects]
-        crops = [Image.composite(image, grey, m).crop(found.box) for m, found in zip(masks, objects)]
+        crops = [Image.composite(image, grey, Image.fromarray(x.mask.numpy())).crop(x.box) for x in objects]
         for found, vector in zip(objects, self.clip.images(crops)):
             found.color = COLORS[int((self.color_vectors[name] @ vector).argmax())]
 
@@ -844,9 +831,7 @@ def instances(class_logits, mask_logits, size, threshold, most=16):
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
     scores, index = class_logits.float().softmax(-1)[:, :-1].flatten().topk(queries)
     index, scores = index[scores > threshold], scores[scores > threshold]  # a mask can only lower them
-    if not len(index):
-        return {}
-    masks = F.interpolate(mask_logits[None, index // classes].float(), size, mode="bilinear")[0].flatten(1)
+    masks = F.interpolate(mask_logits[index // classes, None].float(), size, mode="bilinear").flatten(1)
     inside = masks > 0
     scores = scores * (masks.sigmoid() * inside).sum(1) / inside.sum(1).clamp(min=1)
     objects = {}
@@ -869,15 +854,15 @@ def relations(a, b):
 
 
 def as_asked(objects, entry):
-    """The benchmark's verdict on objects {class: [Found, best first]}: nothing that is to be excluded, and of
-    each class to include the best `count`, all of the color, each in its relation to each of a group."""
+    """The benchmark's verdict on objects {class: [Found, best first]}. It sees the best `count` of a class."""
     groups = []
     for want in entry["include"]:
         found = objects.get(want["class"], [])[:want["count"]]
-        met = len(found) == want["count"] and all(x.color == want.get("color", x.color) for x in found)
-        groups.append(found if met and placed(found, want, groups) else None)
-    excluded = any(len(objects.get(want["class"], [])) >= want["count"] for want in entry.get("exclude", []))
-    return None not in groups and not excluded
+        colored = all(x.color == want.get("color", x.color) for x in found)
+        if len(found) < want["count"] or not colored or not placed(found, want, groups):
+            return False
+        groups.append(found)
+    return all(len(objects.get(want["class"], [])) < want["count"] for want in entry.get("exclude", []))
 
 
 def placed(found, want, groups):
@@ -923,7 +908,7 @@ def malformed(entry):
             return f"{want!r} has no count"
         if want.get("color", "red") not in COLORS:
             return f"{want['color']!r} is none of its colors, {', '.join(COLORS)}"
-        position = want.get("position", ["above", 0] if i else None)
+        position = want.get("position")
         if position and (len(position) != 2 or position[0] not in RELATIONS or position[1] not in range(i)):
             return f"{position!r} is no position relative to an object before it"
 
@@ -940,9 +925,8 @@ def held_out(text):
 
 
 def prompts(source, split, seed):
-    """Pairs (prompt, metadata) of a generator (a name of `PROMPTS`) or a .txt or .jsonl file: for "train"
-    endless, decided by `seed`; for "eval" at most 512. No evaluation text (`ocr`), word (`signs`), animal
-    (`animals`) or prompt (others) is ever trained on. ValueError, with file and line, for a bad file."""
+    """Pairs (prompt, metadata) of a generator in `PROMPTS` or a .txt or .jsonl file: endless; for "eval" at
+    most 512. No evaluation text (`ocr`), word (`signs`), animal (`animals`) or other prompt is trained on."""
     rng = random.Random(seed if split == "train" else 0)
     if source in PROMPTS:  # a generator yields prompts, or pairs itself
         items = (item if isinstance(item, tuple) else (item, {}) for item in PROMPTS[source](split, rng))
@@ -1066,18 +1050,17 @@ def phrase(name, count=1, color=None):
     return f"{'an' if colored[0] in 'aeiou' else 'a'} {colored}"
 
 
-def chosen(texts, split, rng):
-    """Prompts of a fixed list, {text that decides the split: prompt}."""
-    own = [prompt for text, prompt in texts.items() if held_out(text) == (split == "eval")]
+def chosen(texts, split, rng, words=str):
+    """Prompts for the texts of a fixed list, as `words` puts them. The text decides the split."""
+    own = [text for text in texts if held_out(text) == (split == "eval")]
     while True:
-        yield rng.choice(own)
+        yield words(rng.choice(own))
 
 
 # DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those at what no photograph shows.
 DOING = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
-PROMPTS = {"ocr": text_prompts, "signs": sign_prompts,
-           "animals": partial(chosen, {animal: phrase(animal) for animal in ANIMALS}),
-           "activities": partial(chosen, {text: text for text in DOING}), "geneval": geneval_prompts}
+PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": partial(chosen, ANIMALS, words=phrase),
+           "activities": partial(chosen, DOING), "geneval": geneval_prompts}
 
 
 # What a run asks for, and what it shows
@@ -1098,9 +1081,8 @@ def open_run(args):
 
 
 def load_task(args, device):
-    """What the settings of a script ask for: (reward, judge, stream, prompts, metadata). judge: the rewards
-    of --eval-rewards not trained on, or None. stream: endless training pairs. prompts, metadata: the held-out
-    ones. ValueError or OSError, of one line, for what cannot be loaded or scored."""
+    """(reward, judge, training pairs, held-out prompts, their metadata). The judge has the --eval-rewards not
+    trained on, or is None. ValueError or OSError, of one line, for what cannot be loaded or scored."""
     source = args.prompts or default_prompts(args.reward)
     stream, held_out = (prompts(source, split, args.seed) for split in ("train", "eval"))
     texts, metadata = zip(*(read_prompt_file(args.eval_prompts) if args.eval_prompts else
@@ -1137,9 +1119,8 @@ def hush():
 
 
 def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
-    """Score held-out images and show them: a line of metrics.jsonl and of the console, a contact sheet, the
-    curve (where each unseen reward's range is stretched to the trained one's). A mere look, --resume DIR
-    --epochs 0, is logged as `test`. Returns the trained reward's mean."""
+    """Score held-out images, log and show them; returns the trained reward's mean. In the curve each unseen
+    reward's range is stretched to the trained one's. A mere look, --resume DIR --epochs 0, is a `test`."""
     R, parts = reward.score(images, prompts, metadata)
     unseen = judge.score(images, prompts, metadata)[1] if judge else {}
     unseen = {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
@@ -1168,7 +1149,12 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
 
 def log_epoch(folder, args, progress, R, parts, values, seconds, device):
     """Log a training epoch and print it. values {name: float}. seconds: of sampling, scoring, training."""
-    epoch, rate, memory = progress["epoch"] - 1, len(R) / sum(seconds), peak_gb(device)
+    epoch, rate, memory = progress["epoch"] - 1, len(R) / sum(seconds), math.nan
+    if device.type == "cuda":  # the most memory held so far, of the GPU or of this process
+        memory = torch.cuda.max_memory_allocated(device) / 1e9
+    elif sys.platform != "win32":
+        from resource import RUSAGE_SELF, getrusage
+        memory = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     speed = {f"{phase}_seconds": t for phase, t in zip(("sample", "reward", "train"), seconds)}
     speed |= {"images_per_second": rate, "peak_gb": memory}
     log(folder, args, progress, "train", epoch, R, parts, values | speed)
@@ -1176,17 +1162,6 @@ def log_epoch(folder, args, progress, R, parts, values, seconds, device):
     shown = (shown + "  grad {grad_norm:.2g}").format(**values)
     tqdm.write(f"epoch {epoch:3d}  reward {R.mean():.4g}  {shown} | "
                "{:.1f} + {:.1f} + {:.1f} s".format(*seconds) + f", {rate:.3g} img/s, {memory:.1f} GB")
-
-
-def peak_gb(device):
-    """The most memory held so far, in GB (1e9 bytes): of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def log(folder, args, progress, split, epoch, R, parts, more):
