@@ -1,23 +1,23 @@
 """CRD, Centered Reward Distillation (Zhu, Wang, Lathuiliere, Kalogeiton 2026, arXiv 2603.14128), in one file.
 
 Fine-tune a flow-matching text-to-image model so that its images score higher under a reward r(x, c). The
-problem max_p E_p[r] - beta KL(p || p_old) has a known solution p*, which can be solved for the reward:
+problem max_p E_p[r] - beta KL(p || p_old) has a solution p* in closed form, from which the reward follows:
 
     p*(x|c) = p_old(x|c) exp(r(x,c) / beta) / Z(c)    so    r(x,c) = beta log (p*/p_old)(x|c) + beta log Z(c)
 
 Z(c) is intractable, but the same for every image of a prompt: draw K images of each, subtract the mean over
-them on both sides, and it is gone. Put the model p in p*'s place, and what is left is a regression of its
-centered log-ratio rho on the centered reward s: no policy gradient, no backpropagation through the sampler.
+them on both sides, and it is gone. Put the model p in p*'s place, and what is left is to fit its log-ratio
+rho to the scaled reward s, both centered: no policy gradient, no backpropagation through the sampler.
 
-    rho_i = mean[(v_old - u)^2 / m_old - (v - u)^2 / m]     an estimate of log (p/p_old)     (implicit_reward)
-    L_crd = A_max/beta mean_i[(beta (rho_i - mean rho) - (s_i - mean s))^2]                         (crd_loss)
-    L     = L_crd + mean_i[kappa_i mean (v - v_ref)^2]      with an anchor                       (anchor_loss)
+    rho_i = mean[(v_old - u)^2 / m_old - (v - u)^2 / m]    ~ log (p/p_old), m = mean |v - u| (implicit_reward)
+    L_crd = A_max/beta mean_i[(beta (rho_i - mean_K rho) - (s_i - mean_K s))^2]                     (crd_loss)
+    L     = L_crd + mean_i[kappa_i mean (v - v_ref)^2]     with an anchor                        (anchor_loss)
 
 A noised image has the velocity u = noise - x0; v, v_old, v_ref are the predictions of the policy, of p_old
-and of the anchor, the pretrained model with guidance, which is thereby distilled. Copies of one LoRA share
-the frozen model: `policy` learns; `old` is p_old and `sampler` draws the images, and both follow the policy,
-each at its own pace, since rho would vanish were p_old the policy itself; `ema` is judged and saved. The
-loop, in `train`:
+and of the anchor: the pretrained model with guidance, so that guidance is distilled, too. Copies of one LoRA
+share the frozen model: `policy` learns; `sampler` draws the images, nearly the policy's own; `old` is p_old
+and follows the policy more slowly, or rho would be 0 and restrain nothing; `ema`, an average of the policy,
+is evaluated and saved. The loop, in `train`:
 
     for each epoch:
         roll out: draw K images of each prompt with `sampler`                                     (sample_ode)
@@ -27,7 +27,7 @@ loop, in `train`:
         let `old` and `sampler` follow the policy                                      (ema_decay, ema_update)
 
     python crd.py --preset tiny        # the bundled toy model, on any CPU, in minutes
-    python crd.py --reward ocr         # Stable Diffusion 3.5 Medium learns to write, on one GPU
+    python crd.py --reward ocr         # Stable Diffusion 3.5 Medium learns to spell, on one GPU
 
 Left out, to keep it readable: several processes (the authors train on many GPUs), and other models than
 Stable Diffusion 3.x (for another flow model, replace `load_pipeline`, `encode`, `velocity` and `decode`).
@@ -95,13 +95,13 @@ class Settings:
     micro_batch: Annotated[int, "images in a forward and backward pass (a group may be cut)"] = 24
     lr: Annotated[float, "AdamW learning rate"] = 3e-4
     weight_decay: Annotated[float, "AdamW weight decay"] = 1e-4
-    old_decay: Annotated[tuple, "share of `old` kept per epoch, see ema_decay"] = (0, 0.25, 0.001, 0.5)
-    sampler_decay: Annotated[tuple, "the same of `sampler`"] = (0, 0.0, 0.001, 0.5)
-    ema: Annotated[float, "decay per step of the moving average that is judged and saved"] = 0.9
+    old_decay: Annotated[tuple, "ema_decay of `old`: start step, start, slope, end"] = (0, 0.25, 0.001, 0.5)
+    sampler_decay: Annotated[tuple, "the same for `sampler`"] = (0, 0.0, 0.001, 0.5)
+    ema: Annotated[float, "decay per step of the average that is evaluated and saved"] = 0.9
     grad_checkpoint: Annotated[bool, "recompute blocks in the backward pass, to save memory"] = True
     compile: Annotated[bool, "torch.compile each transformer block"] = False
     # run
-    name: Annotated[str | None, "the run's folder is runs/NAME; by default what and seed"] = None
+    name: Annotated[str | None, "the run's folder is runs/NAME; by default preset, reward and seed"] = None
     seed: Annotated[int, "fixes the whole run on one device"] = 0
     device: Annotated[str | None, "cuda, cpu ...; by default cuda where there is one"] = None
     eval_every: Annotated[int, "epochs between evaluations"] = 10
@@ -109,10 +109,10 @@ class Settings:
     eval_steps: Annotated[int, "sampler steps of an evaluation"] = 40
     eval_order: Annotated[int, "solver of evaluations: 2 is DPM-Solver++(2M), 1 Euler"] = 2
     eval_guidance: Annotated[float, "guidance of evaluations (rollouts have none)"] = 1.0
-    eval_rewards: Annotated[str | None, "more rewards, as for --reward, that only judge"] = None
+    eval_rewards: Annotated[str | None, "more rewards, as for --reward, for evaluations only"] = None
     eval_prompts: Annotated[str | None, "evaluate on all prompts of this .txt or .jsonl file"] = None
-    resume: Annotated[str | None, "go on with the run in this folder and its settings"] = None
-    checkpoint: Annotated[Literal["last", "best"], "what --resume goes on from"] = "last"
+    resume: Annotated[str | None, "resume the run in this folder, with its settings"] = None
+    checkpoint: Annotated[Literal["last", "best"], "what --resume starts from"] = "last"
     wandb: Annotated[str | None, "also log to this Weights & Biases project"] = None
 
 
@@ -159,8 +159,7 @@ def reward_targets(rewards, group_size, clip=5.0):
     """Targets s = A / (2 clip) + 1/2 in [0, 1], A = (R - mean_group R) / (std_all R + 1e-4) within +-clip.
 
     rewards R (N,), a prompt's images side by side. The standard deviation is of all N, or a prompt with
-    little spread would be blown up. The 1/2 puts s on [0, 1]; centering cancels it. ValueError if groups are
-    not whole.
+    little spread would be blown up. The 1/2 cancels in the loss. ValueError if groups are not whole.
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are not whole groups of {group_size}")
@@ -179,12 +178,12 @@ def add_noise(x0, noise, sigma):
 
 
 def implicit_reward(v, v_old, u, adaptive=True):
-    """rho = mean[(v_old - u)^2 / m_old - (v - u)^2 / m], a draw of log p(x|c) - log p_old(x|c) up to scale.
+    """rho = mean[(v_old - u)^2 / m_old - (v - u)^2 / m], a one-sample proxy of log p(x|c) - log p_old(x|c).
 
     (Paper, sec. 3.) The ELBO bounds a model's log-likelihood by minus its denoising error; both models are
     shown the same sigma and noise. The adaptive weights m = mean |v - u|, at least 1e-5 and detached, put all
-    sigmas on one scale. They are DiffusionNFT's idea (arXiv 2509.16117), there on errors of x0 = x - sigma v,
-    which makes rho sigma times ours; the form in velocities is that of the CRD authors' port.
+    sigmas on one scale. They are DiffusionNFT's idea (arXiv 2509.16117), there for x0 = x - sigma v, so that
+    its rho is sigma times ours; the CRD authors' public code has them for velocities, as here.
     v, v_old, u (B, C, H, W) -> (B,). Zero where v = v_old.
     """
     def error(prediction):
@@ -196,7 +195,7 @@ def implicit_reward(v, v_old, u, adaptive=True):
 
 
 def group_mean(x, targets, group_size, tau=math.inf):
-    """The mean of x over each group, given back to its members: (1, B), or (2, B) at a finite temperature.
+    """The mean of x over each group, repeated for its members: (1, B), or (2, B) at a finite temperature.
 
     At finite tau it is weighted twice, by softmax(s / tau) and softmax(-s / tau): a group is centered once on
     its best images and once on its worst. x and targets s (B,), whole groups side by side.
@@ -210,12 +209,12 @@ def group_mean(x, targets, group_size, tau=math.inf):
 def crd_loss(rho, rho_mean, targets, targets_mean, beta=1.0, clip=5.0):
     """A_max/beta mean_i[(beta (rho_i - mean rho) - (s_i - mean s))^2], the centered loss; `clip` is A_max.
 
-    rho, targets s (B,); rho_mean, targets_mean (D, B), detached, by `group_mean`: of the whole group even
-    where the B images are a part of one. At D = 2 both centerings are averaged. With the plain mean,
+    rho, targets s (B,); rho_mean, targets_mean (1, B) or (2, B), detached, by `group_mean`: of the whole
+    group even where the B images are a part of one. Two centerings are averaged. With the plain mean,
     detaching it changes no gradient: the residuals sum to zero in each group.
 
     Why A_max/beta: at rho = 0 the gradient is then -mean_i[A_i grad rho_i] where nothing is clipped, whatever
-    A_max and beta are. They set how far: it vanishes at rho - mean rho = (R - mean R) / (2 A_max beta std).
+    A_max and beta are. They set where it vanishes: at rho - mean rho = (R - mean R) / (2 A_max beta std).
     """
     return clip / beta * (beta * (rho - rho_mean) - (targets - targets_mean)).square().mean()
 
@@ -224,8 +223,8 @@ def anchor_loss(v, v_ref, normalized_reward, kappa, kappa_min=1e-4):
     """mean_i[kappa_i mean (v - v_ref)^2], with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
     The KL to the guided pretrained model, up to a weight per sigma. v, v_ref (B, C, H, W); n (B,) in [0, 1],
-    the normalized_reward; None: kappa everywhere. Images of low reward have everything to learn, so that
-    the anchor is weak there; it is strong on those that could start to exploit the reward.
+    the normalized_reward; None: kappa everywhere. Images of low reward have everything to learn, so the
+    anchor is weak there; it is strong on those that could start to exploit the reward.
     """
     kappa_min = min(kappa_min, kappa)
     strength = kappa if normalized_reward is None else kappa_min + normalized_reward * (kappa - kappa_min)
@@ -245,7 +244,7 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
 
     x0, noise (B, C, h, w), targets and normalized_reward (B,): whole groups side by side; cond of their B / K
     prompts. A micro-batch is some groups or a piece of one; where groups are cut, rho's mean over the whole
-    group comes from a pass without gradients. Returns `weight` times (L, L_crd, anchor, rho, its variance).
+    group comes from a pass without gradients. Returns `weight` times (L, L_crd, anchor, rho, its spread).
     """
     K, B, totals = args.group_size, len(x0), torch.zeros(5)
     x, u = add_noise(x0, noise, sigma), noise - x0
@@ -373,7 +372,7 @@ def train(args):
             progress["step"] += 1
             ema_update(layers, "ema", min(args.ema, (1 + progress["step"]) / (10 + progress["step"])))
 
-        # 4. Let the reference and the sampler follow the policy.
+        # 4. Let `old` and the sampler follow the policy.
         ema_update(layers, "old", ema_decay(progress["step"], *args.old_decay))
         ema_update(layers, "sampler", ema_decay(progress["step"], *args.sampler_decay))
         clock.append(time.perf_counter())

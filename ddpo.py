@@ -95,20 +95,20 @@ class Settings:
     epochs: Annotated[int, "epochs in all (0: only evaluate)"] = 100
     lr: Annotated[float, "AdamW learning rate"] = 3e-4
     weight_decay: Annotated[float, "AdamW weight decay"] = 1e-4
-    ema: Annotated[float, "decay per step of the moving average that is judged and saved"] = 0.9
+    ema: Annotated[float, "decay per step of the average that is evaluated and saved"] = 0.9
     grad_checkpoint: Annotated[bool, "recompute blocks in the backward pass, to save memory"] = True
     compile: Annotated[bool, "torch.compile each block (first_ratio_error must stay 0)"] = False
     # run
-    name: Annotated[str | None, "the run's folder is runs/NAME; by default what and seed"] = None
+    name: Annotated[str | None, "the run's folder is runs/NAME; by default preset, reward and seed"] = None
     seed: Annotated[int, "fixes the whole run on one device"] = 0
     device: Annotated[str | None, "cuda, cpu ...; by default cuda where there is one"] = None
     eval_every: Annotated[int, "epochs between evaluations"] = 10
     eval_images: Annotated[int, "images of held-out prompts, from the same noise every time"] = 128
     eval_order: Annotated[int, "solver of a flow's evaluations: 2 is DPM-Solver++(2M), 1 Euler"] = 2
-    eval_rewards: Annotated[str | None, "more rewards, as for --reward, that only judge"] = None
+    eval_rewards: Annotated[str | None, "more rewards, as for --reward, for evaluations only"] = None
     eval_prompts: Annotated[str | None, "evaluate on all prompts of this .txt or .jsonl file"] = None
-    resume: Annotated[str | None, "go on with the run in this folder and its settings"] = None
-    checkpoint: Annotated[Literal["last", "best"], "what --resume goes on from"] = "last"
+    resume: Annotated[str | None, "resume the run in this folder, with its settings"] = None
+    checkpoint: Annotated[Literal["last", "best"], "what --resume starts from"] = "last"
     wandb: Annotated[str | None, "also log to this Weights & Biases project"] = None
 
 

@@ -854,7 +854,7 @@ def relations(a, b):
 
 
 def as_asked(objects, entry):
-    """The benchmark's verdict on objects {class: [Found, best first]}. It sees the best `count` of a class."""
+    """The verdict on objects {class: [Found, best first]}, of which it sees the best `count` of a class."""
     groups = []
     for want in entry["include"]:
         found = objects.get(want["class"], [])[:want["count"]]
@@ -1244,6 +1244,6 @@ def plot(path, curves, ylabel="reward", xlabel="images scored"):
         mean = [[sum(values) / len(runs) for values in zip(*points)] for points in zip(*runs)]
         for run, thickness in [*((run, 2) for run in runs), (mean, 6)]:
             pen.line([at(*point) for point in run], colors[label], thickness, "curve")
-    for i, (label, color) in enumerate(colors.items()):  # the legend, in the top left corner: rewards rise
-        pen.text((160, 52 + 44 * i), label, color, font, stroke_width=6, stroke_fill="white")
+    for i, (label, color) in enumerate(reversed(colors.items())):  # in the lower right corner: rewards rise
+        pen.text((1720, 980 - 44 * i), label, color, font, "rs", stroke_width=6, stroke_fill="white")
     write_aside(path, lambda aside: image.resize((900, 560), Image.LANCZOS).save(aside, "PNG"))
