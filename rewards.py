@@ -93,8 +93,7 @@ class Reward:
 
     def tables(self):
         """{name: details} of the rewards in it that have any."""
-        parts = getattr(self, "parts", [(1, self)])
-        return {reward.name: reward.details for _, reward in parts if reward.details}
+        return {part.name: part.details for _, part in getattr(self, "parts", [(1, self)]) if part.details}
 
 
 class WeightedSum(Reward):
@@ -826,12 +825,13 @@ def detector_class():
 
 def instances(class_logits, mask_logits, size, threshold, most=16):
     """{class: [Found, best first]} from Mask2Former's class_logits (Q, 81), the last for no object, and
-    mask_logits (Q, h, w), for a picture of size (height, width). A query may stand for several classes. Its
-    score is the class's probability times the mean of the mask's above a half (arXiv 2112.01527)."""
+    mask_logits (Q, h, w), at `size` (height, width). A query may have several classes (arXiv 2112.01527)."""
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
     scores, index = class_logits.float().softmax(-1)[:, :-1].flatten().topk(queries)
     index, scores = index[scores > threshold], scores[scores > threshold]  # a mask can only lower them
-    masks = F.interpolate(mask_logits[index // classes, None].float(), size, mode="bilinear").flatten(1)
+    if not len(index):
+        return {}
+    masks = F.interpolate(mask_logits[None, index // classes].float(), size, mode="bilinear")[0].flatten(1)
     inside = masks > 0
     scores = scores * (masks.sigmoid() * inside).sum(1) / inside.sum(1).clamp(min=1)
     objects = {}
@@ -854,7 +854,7 @@ def relations(a, b):
 
 
 def as_asked(objects, entry):
-    """The verdict on objects {class: [Found, best first]}, of which it sees the best `count` of a class."""
+    """The benchmark's verdict on objects {class: [Found, best first]}: it sees the best `count` of each."""
     groups = []
     for want in entry["include"]:
         found = objects.get(want["class"], [])[:want["count"]]

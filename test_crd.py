@@ -1149,7 +1149,7 @@ SHORT = {
 
 
 def short(script, **settings):
-    return script.Settings(**{**SHORT[script], "name": "x", **settings})
+    return script.Settings(**{**SHORT[script], "eval_rewards": None, "name": "x", **settings})
 
 
 @pytest.fixture
