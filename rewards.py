@@ -1241,7 +1241,8 @@ def plot(path, curves, ylabel="reward", xlabel="images scored"):
     pen.text((940, 1064), f"{ylabel}, against {xlabel}", "black", font, "mt")
     colors = dict(zip(curves, cycle(("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#475569", "#dc2626"))))
     for label, runs in curves.items():
-        mean = [[sum(values) / len(runs) for values in zip(*points)] for points in zip(*runs)]
+        own = [dict(run) for run in runs]  # their mean is where all have a point
+        mean = [(x, sum(run[x] for run in own) / len(own)) for x in own[0] if all(x in run for run in own)]
         for run, thickness in [*((run, 2) for run in runs), (mean, 6)]:
             pen.line([at(*point) for point in run], colors[label], thickness, "curve")
     for i, (label, color) in enumerate(reversed(colors.items())):  # in the lower right corner: rewards rise

@@ -1344,10 +1344,11 @@ def test_the_average_is_judged_and_saved(run):
 def test_both_scripts_judge_with_the_same_solver(run):
     """Of either order. (In four steps, say, the guard leaves nothing of the second.)"""
     settings = {crd: dict(eval_steps=10, eval_guidance=2.0), ddpo: dict(steps=10, guidance=2.0)}
-    runs = [run(script, f"{script.__name__}-{order}", 0, eval_order=order, eval_images=4, **more)
+    shared = dict(eval_images=4, reward=f"clipscore@{TINY}/clip")
+    runs = [run(script, f"{script.__name__}-{order}", 0, eval_order=order, **shared, **more)
             for order in (1, 2) for script, more in settings.items()]
     a, b, c, d = (metrics(folder)[0]["reward"] for folder in runs)
-    assert a == pytest.approx(b, abs=2e-3) and c == pytest.approx(d, abs=2e-3) and abs(a - c) > 5e-3
+    assert a == pytest.approx(b, abs=1e-4) and c == pytest.approx(d, abs=1e-4) and abs(a - c) > 1e-3
 
 
 def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):

@@ -1,6 +1,6 @@
-"""How tiny-sd3 was made, from nothing but Pillow's built-in font.
+"""How tiny-sd3 was made, from nothing but Pillow's built-in fonts.
 
-    python tiny-sd3/make.py             # about 15 minutes on 2 CPU cores with bf16 instructions, or on a GPU
+    python tiny-sd3/make.py             # about half an hour on 2 CPU cores
     python tiny-sd3/make.py --parts detector recogniser
 
 Six things are trained, each on words drawn in white capitals on a coloured sign, one letter a cell:
