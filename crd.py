@@ -124,7 +124,7 @@ PRESETS = {
                  max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8, rollout_steps=6,
                  sample_batch=192, decode_batch=96, micro_batch=64, train_timesteps=2, steps_per_epoch=6,
                  lr=1.5e-3, ema=0.97, old_decay=(0, 0.25, 0.01, 0.9), anchor_guidance=4.0,
-                 grad_checkpoint=False, epochs=72, eval_every=36, eval_steps=10, eval_images=512,
+                 grad_checkpoint=False, epochs=36, eval_every=12, eval_steps=10, eval_images=512,
                  eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color"),
 }
 
