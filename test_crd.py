@@ -1417,6 +1417,8 @@ def test_ddim_step_is_diffusers(prediction_type, eta):
         assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
     _, log_prob = ddpo.ddim_step(output.requires_grad_(), x, generator=seeded(), **place)
     assert not eta or torch.autograd.grad(log_prob.sum(), output)[0].abs().max() > 0  # what is drawn is fixed
+    with pytest.raises(ValueError, match="'sample': epsilon or v_prediction"):
+        ddpo.ddim_step(output, x, **{**place, "prediction_type": "sample"})
 
 
 @parametrize("noise_level", [0.0, 0.3, 0.7])
