@@ -396,6 +396,9 @@ def test_a_training_step_is_the_objective(weight, anchor, tau):
         assert distance(gradients(layers), expected) < 1e-4
         terms = torch.stack([loss, reward_loss, pull]).detach()
         assert_close(totals[:3].float(), terms, rtol=1e-5, atol=1e-8)
+        if weight and tau == math.inf:  # then the last is the variance of rho within a group
+            rho = crd.implicit_reward(v, v_old, u).detach().view(2, 4)
+            assert_close(totals[4], rho.var(1, correction=0).mean(), rtol=1e-4, atol=1e-9)
 
 
 @parametrize("dtype", [torch.float32, torch.bfloat16])
