@@ -146,9 +146,8 @@ class Color(Reward):
             return f"needs one of {', '.join(SIGN_COLORS)} in the prompt, and there is none in {prompt!r}"
 
     def measure(self, images, prompts, metadata):
-        palette = torch.tensor([*SIGN_COLORS.values()], dtype=torch.float32)
         medians = torch.stack([to_pixels(image, "cpu").flatten(1).median(1).values for image in images])
-        nearest = torch.cdist(medians, palette).argmin(1)
+        nearest = torch.cdist(medians, torch.tensor([*SIGN_COLORS.values()]).float()).argmin(1)
         return [float([*SIGN_COLORS][i] in prompt.split()) for i, prompt in zip(nearest, prompts)]
 
 
@@ -458,9 +457,10 @@ class CLIP:
         return F.normalize(self.model.get_image_features(pixel_values=x).pooler_output, dim=-1)
 
     def texts(self, texts):
-        length = self.model.config.text_config.max_position_embeddings
-        x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return F.normalize(self.model.get_text_features(**x.to(self.model.device)).pooler_output, dim=-1)
+        own, length = [*dict.fromkeys(texts)], self.model.config.text_config.max_position_embeddings
+        x = self.tokenizer(own, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        features = self.model.get_text_features(**x.to(self.model.device)).pooler_output
+        return F.normalize(features, dim=-1)[[own.index(text) for text in texts]]  # a group shares its prompt
 
 
 def clip_pixels(processor, images):
