@@ -124,7 +124,7 @@ PRESETS = {
                  max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8, rollout_steps=6,
                  sample_batch=192, decode_batch=96, micro_batch=64, train_timesteps=2, steps_per_epoch=6,
                  lr=1.5e-3, ema=0.97, old_decay=(0, 0.25, 0.01, 0.9), anchor_guidance=4.0,
-                 grad_checkpoint=False, epochs=36, eval_every=12, eval_steps=10, eval_images=512,
+                 grad_checkpoint=False, epochs=54, eval_every=18, eval_steps=10, eval_images=512,
                  eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color"),
 }
 
@@ -299,7 +299,7 @@ def train(args):
     for adapter in ADAPTERS if args.lora else ():
         load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a graph for each adapter, with and without gradients
+        torch._dynamo.config.recompile_limit = 64  # a graph for each kind of block, in each of its uses
         for block in transformer.transformer_blocks:
             block.forward = torch.compile(block.forward)
     if args.grad_checkpoint:
@@ -536,7 +536,7 @@ def checkpoint_blocks(blocks, layers):
 # The pipeline's two ends
 
 def load_pipeline(args, device):
-    """The pretrained pipeline, frozen: transformer and VAE on the device, text encoders on the CPU."""
+    """The pretrained pipeline, frozen, on the device but for the layers of its text encoders."""
     from diffusers import StableDiffusion3Pipeline as Pipeline
     dtype = {"default": {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype], "vae": torch.float32}
     try:
@@ -549,6 +549,11 @@ def load_pipeline(args, device):
                       "login`; or try `python crd.py --preset tiny`, the bundled model") from None
     for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         module.requires_grad_(False).eval()
+    for part in [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part]:
+        for name, layer in part.to(device).named_modules():
+            if re.fullmatch(r"\D+\d+", name):  # one of its layers: on the device only while it runs
+                layer.to("cpu").register_forward_pre_hook(lambda layer, _: layer.to(device) and None)
+                layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None)
     pipe.transformer.to(device)
     pipe.vae.to(device)
     return pipe
@@ -556,13 +561,10 @@ def load_pipeline(args, device):
 
 @torch.no_grad()
 def encode(pipe, prompts, args):
-    """N prompts to (embeddings (N, L, D), pooled (N, P)). The text encoders visit the device for it."""
-    encoders = nn.ModuleList(module for name, module in pipe.components.items()
-                             if name.startswith("text_encoder") and module).to(pipe.vae.device)
-    parts = [pipe.encode_prompt(list(prompts[i:i + 16]), None, None, do_classifier_free_guidance=False,
+    """N prompts to (embeddings (N, L, D), pooled (N, P))."""
+    parts = [pipe.encode_prompt(list(prompts[i:i + 64]), None, None, do_classifier_free_guidance=False,
                                 device=pipe.vae.device, max_sequence_length=args.max_sequence_length)
-             for i in range(0, len(prompts), 16)]
-    encoders.to("cpu")
+             for i in range(0, len(prompts), 64)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
 
 
@@ -667,12 +669,11 @@ def parse(argv=None):
 def main():
     """Train. A user's mistake ends in one line; `python -X dev crd.py` shows where it came from."""
     rewards.hush()
-    stops = FloatingPointError, rewards.RewardError, KeyboardInterrupt
+    args, stops = None, (ValueError, OSError, FloatingPointError, rewards.RewardError, torch.OutOfMemoryError)
     try:
         train(args := parse())
-    except () if sys.flags.dev_mode else (ValueError, OSError, *stops) as error:
-        go_on = isinstance(error, stops) and f"; go on with --resume {args.resume or f'runs/{args.name}'}"
-        raise SystemExit(f"{str(error) or 'stopped'}{go_on or ''}") from None
+    except () if sys.flags.dev_mode else (*stops, KeyboardInterrupt) as error:
+        raise SystemExit(rewards.last_words(error, args)) from None
 
 
 if __name__ == "__main__":

@@ -364,8 +364,10 @@ def train(args):
     for adapter in adapters if args.lora else ():
         load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter, family.prefix)
     blocks = [module for module in network.modules() if type(module).__name__ in family.blocks]
-    for block in blocks if args.compile else ():
-        block.forward = torch.compile(block.forward)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each kind of block, in each of its uses
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
     if args.grad_checkpoint:
         checkpoint_blocks(blocks, layers)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -678,6 +680,11 @@ def load_family(args, device):
     family = families[kind](pipe, args, device)
     for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         module.requires_grad_(False).eval()
+    for part in [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part]:
+        for name, layer in part.to(device).named_modules():
+            if re.fullmatch(r"\D+\d+", name):  # one of its layers: on the device only while it runs
+                layer.to("cpu").register_forward_pre_hook(lambda layer, _: layer.to(device) and None)
+                layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None)
     family.network.to(device)
     pipe.vae.to(device)
     return family
@@ -705,14 +712,11 @@ def fill_in(args, family):
 
 @torch.no_grad()
 def encode(family, prompts):
-    """N prompts to [embeddings (N, L, D), SD 3: pooled (N, P)]. The text encoders visit the device for it."""
+    """N prompts to [embeddings (N, L, D), SD 3: pooled (N, P)]."""
     pipe, device = family.pipe, family.pipe.vae.device
-    encoders = nn.ModuleList(module for name, module in pipe.components.items()
-                             if name.startswith("text_encoder") and module).to(device)
-    parts = [pipe.encode_prompt(list(prompts[i:i + 16]), device=device, num_images_per_prompt=1,
+    parts = [pipe.encode_prompt(list(prompts[i:i + 64]), device=device, num_images_per_prompt=1,
                                 do_classifier_free_guidance=False, **family.text_options)
-             for i in range(0, len(prompts), 16)]
-    encoders.to("cpu")
+             for i in range(0, len(prompts), 64)]
     return [torch.cat(part) for part in zip(*parts) if part[0] is not None]  # the negative ones are None
 
 
@@ -785,12 +789,11 @@ def parse(argv=None):
 def main():
     """Train. A user's mistake ends in one line; `python -X dev ddpo.py` shows where it came from."""
     rewards.hush()
-    stops = FloatingPointError, rewards.RewardError, KeyboardInterrupt
+    args, stops = None, (ValueError, OSError, FloatingPointError, rewards.RewardError, torch.OutOfMemoryError)
     try:
         train(args := parse())
-    except () if sys.flags.dev_mode else (ValueError, OSError, *stops) as error:
-        go_on = isinstance(error, stops) and f"; go on with --resume {args.resume or f'runs/{args.name}'}"
-        raise SystemExit(f"{str(error) or 'stopped'}{go_on or ''}") from None
+    except () if sys.flags.dev_mode else (*stops, KeyboardInterrupt) as error:
+        raise SystemExit(rewards.last_words(error, args)) from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class Reward:
         try:
             self.check(prompts, metadata)
             scores = torch.as_tensor(self.measure(images, prompts, metadata)).detach().float().cpu()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as cause:
             reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
             raise RewardError(f"reward {self.name} failed: {reason}") from cause
@@ -1074,9 +1077,10 @@ def open_run(args):
     if device.type == "cpu" and not (args.device or Path(args.model).exists()):
         raise ValueError(f"{args.model} needs a CUDA device, and there is none here. Try --preset tiny, the "
                          "bundled model for CPUs, or insist with --device cpu")
-    args.dtype = choose_dtype(device) if args.dtype == "auto" else args.dtype
+    auto, args.dtype = args.dtype == "auto", choose_dtype(device) if args.dtype == "auto" else args.dtype
+    why = " (auto: bf16 is missing there, or slow)" * (auto and args.dtype == "fp32")
     torch.set_float32_matmul_precision("high")  # TF32 for what a GPU computes in float32, such as the VAE
-    tqdm.write(f"{folder}: {args.model} on {device} in {args.dtype}")
+    tqdm.write(f"{folder}: {args.model} on {device} in {args.dtype}{why}")
     return folder, device
 
 
@@ -1116,6 +1120,21 @@ def hush():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def last_words(error, args):
+    """What a run that stops says, in one line: what was wrong and, where an epoch is saved, how to go on."""
+    words, folder = str(error) or "stopped", args and Path(args.resume or f"runs/{args.name}")
+    if isinstance(error, torch.OutOfMemoryError):
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        flags = {"load_task": "reward", "load_pipeline": "model", "load_family": "model",
+                 "score": "reward_batch", "encode": "max_sequence_length", "decode": "decode_batch",
+                 "generate": "sample_batch", "train": "micro_batch"}
+        phase, flag = next((phase, flag.replace("_", "-")) for phase, flag in flags.items()
+                           if phase in frames and hasattr(args, flag))
+        words = f"out of memory in {phase} ({words.split('. GPU')[0]}): try a smaller --{flag}"
+    stopped = not isinstance(error, (ValueError, OSError))  # those come before the first epoch
+    return words + f"; go on with --resume {folder}" * (stopped and (folder / "last").exists())
 
 
 def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):

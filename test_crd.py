@@ -14,8 +14,9 @@ import random
 import re
 import shutil
 import sys
+import weakref
 import zlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -28,7 +29,10 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler, SD3Transformer2DModel  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_iter  # noqa: E402
 
 import crd  # noqa: E402
 import ddpo  # noqa: E402
@@ -1140,6 +1144,51 @@ def test_weights_out_of_reach_end_in_one_line(leave, monkeypatch, tmp_path, scri
         script.main()
 
 
+# Pipelines
+
+def random_pipeline(kind, true=False, depth=1):
+    """Stable Diffusion 1.4 ("sd1") or 3.5 Medium ("sd3") with random weights: small, or at its true size; the
+    text encoders have `depth` layers at most (the true ones 12, 32 and 24)."""
+    import transformers as hf
+    torch.manual_seed(0)
+    sd1, size = kind == "sd1", lambda small, large: large if true else small
+    tokenizer = hf.CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=77)
+
+    def clip(width, heads, layers, kind=hf.CLIPTextModelWithProjection):
+        width, heads = size(16, width), size(2, heads)
+        return kind(hf.CLIPTextConfig(
+            vocab_size=size(len(tokenizer), 49408), hidden_size=width, intermediate_size=4 * width,
+            num_hidden_layers=min(depth, layers), num_attention_heads=heads, projection_dim=width))
+
+    channels = size((8, 16), (128, 256, 512, 512))
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=channels, layers_per_block=size(1, 2), norm_num_groups=size(8, 32),
+        down_block_types=("DownEncoderBlock2D",) * len(channels), latent_channels=4 if sd1 else 16,
+        up_block_types=("UpDecoderBlock2D",) * len(channels), use_quant_conv=sd1, use_post_quant_conv=sd1,
+        scaling_factor=0.18215 if sd1 else 1.5305, shift_factor=None if sd1 else 0.0609)
+    if sd1:
+        unet = diffusers.UNet2DConditionModel(**size(dict(
+            block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=1, cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")), dict(cross_attention_dim=768)))
+        return diffusers.StableDiffusionPipeline(
+            vae, clip(768, 12, 12, hf.CLIPTextModel), tokenizer, unet, ddim_scheduler(), None, None,
+            requires_safety_checker=False)
+    pieces = *((token, 0.0) for token in ("<pad>", "</s>", "<unk>")), ("\u2581", -2.0)
+    t5_tokenizer = hf.T5Tokenizer(vocab=[*pieces, *((chr(c), -3.0) for c in range(33, 127))])
+    t5 = hf.T5EncoderModel(hf.T5Config(
+        vocab_size=size(len(t5_tokenizer), 32128), d_model=size(32, 4096), d_ff=size(64, 10240),
+        d_kv=size(16, 64), num_heads=size(2, 64), num_layers=min(depth, 24), feed_forward_proj="gated-gelu"))
+    transformer = SD3Transformer2DModel(
+        sample_size=size(16, 128), in_channels=16, num_layers=size(2, 24), attention_head_dim=size(8, 64),
+        num_attention_heads=size(2, 24), joint_attention_dim=size(32, 4096), pos_embed_max_size=size(16, 384),
+        caption_projection_dim=size(16, 1536), pooled_projection_dim=size(32, 2048), qk_norm="rms_norm",
+        dual_attention_layers=tuple(range(size(1, 13))))
+    return diffusers.StableDiffusion3Pipeline(
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clip(768, 12, 12), tokenizer,
+        clip(1280, 20, 32), tokenizer, t5, t5_tokenizer)
+
+
 # Runs
 
 SHORT = {
@@ -1298,11 +1347,18 @@ def test_unseen_rewards_are_logged_side_by_side(run, script, monkeypatch, capsys
     assert train.keys().isdisjoint(("ocr (unseen)", "incompressibility")) and "ocr" in train
 
 
+def full(*args, **settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total of 15 GiB.")
+
+
 @parametrize("target, fault, message", [
     ("LOSS", lambda x, *args, **settings: (0 * x).sum().sqrt(), "norm nan"),  # 0, of slope 0 times infinity
     ("LOSS", lambda x, *args, **settings: x.sum() * math.nan, "loss is nan"),
     ("rewards.Incompressibility.measure", lambda self, images, *args: [math.nan] * len(images), "gave nan"),
     ("rewards.Incompressibility.measure", Mock(side_effect=KeyboardInterrupt), "stopped"),
+    ("LOSS", full, "in train (CUDA out of memory. Tried to allocate 2 GiB): try a smaller --micro-batch"),
+    ("diffusers.AutoencoderKL.decode", full, "out of memory in decode"),
+    ("rewards.Incompressibility.measure", full, "try a smaller --reward-batch"),
     ("torch.save", lambda state, path: Path(path).write_bytes(b"half") and os.listdir("no disk"), "no disk")])
 def test_what_goes_wrong_leaves_the_finished_epochs(run, leave, copied, monkeypatch, target, fault, message):
     """The optimizer makes no step, a half-written checkpoint is not taken for one, and the run can go on."""
@@ -1334,6 +1390,42 @@ def test_every_switch_runs(run, monkeypatch, sampler, switch):
     assert drawn == ["ema", sampler, "ema"]
 
 
+@parametrize("script, most", [(crd, 16), (ddpo, 10)])
+def test_compile_makes_one_graph_for_each_kind_of_block(run, monkeypatch, script, most):
+    """In each use that an epoch makes of it, and none after the first. The toy has four blocks of two kinds:
+    the last passes no text on."""
+    graphs, counts, log = [], [], rewards.log_epoch
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
+    monkeypatch.setattr(rewards, "log_epoch", lambda *args: counts.append(len(graphs)) or log(*args))
+    torch._dynamo.reset()
+    run(script, "compiled", 2, compile=True)
+    assert 0 < counts[0] == counts[1] <= most
+
+
+def test_compiled_blocks_compute_the_same():
+    """With both kinds of adapter, with gradients and without, by the CPU's compiler."""
+    model = small_transformer(1)
+    layers = with_lora(model)
+
+    def use(adapter, grad):
+        model.zero_grad()
+        with crd.use_adapter(layers, adapter):
+            v = predict(model, grad)
+        if grad:
+            v.square().sum().backward()
+        return v.detach(), gradients(layers) if grad else None
+
+    uses = ("old", False), (None, False), ("policy", True)
+    expected = [use(*how) for how in uses]
+    block, = model.transformer_blocks
+    block.forward = torch.compile(block.forward)
+    for how, (v, gradient) in zip(uses, expected):
+        found = use(*how)
+        assert_close(found[0], v, rtol=1e-4, atol=1e-5)
+        assert gradient is None or distance(found[1], gradient) < 1e-4
+
+
 def test_the_average_is_judged_and_saved(run):
     """After a step of (1 + 1) / (10 + 1) decay; at --ema 0 it is the policy itself."""
     for ema, share in ((0.9, 9 / 11), (0.0, 1.0)):
@@ -1356,17 +1448,11 @@ def test_both_scripts_judge_with_the_same_solver(run):
 
 def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
     """Stable Diffusion 3.5's third text encoder: CLIP's tokens, then --max-sequence-length of T5's."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    tokenizer = T5Tokenizer(vocab=pieces + [(chr(c), -3.0) for c in range(33, 127)])
-    pipe = crd.load_pipeline(short(crd), CPU)
-    config = T5Config(vocab_size=len(tokenizer), d_model=128, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    pipe.register_modules(text_encoder_3=T5EncoderModel(config), tokenizer_3=tokenizer)
-    pipe.save_pretrained(tmp_path)
+    random_pipeline("sd3").save_pretrained(tmp_path)
     args = short(crd, model=str(tmp_path), max_sequence_length=7)
     embeds, pooled = crd.encode(crd.load_pipeline(args, CPU), ["hello", "a cat"], args)
-    assert embeds.shape == (2, 12 + 7, 128) and pooled.shape == (2, 128)
-    assert (embeds[0, 12:] - embeds[1, 12:]).abs().max() > 0
+    assert embeds.shape == (2, 77 + 7, 32) and pooled.shape == (2, 32)
+    assert (embeds[0, 77:] - embeds[1, 77:]).abs().max() > 0
 
 
 @parametrize("script, settings", [
@@ -1479,23 +1565,7 @@ def test_weights_of_the_baselines():
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory):
     """The settings for a Stable Diffusion 1.x pipeline of random weights: 32 px images, 16 x 16 latents."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length)
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16,
-        norm_num_groups=1, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=8, sample_size=32, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    path = tmp_path_factory.mktemp("sd1")
-    StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, ddim_scheduler(), None, None,
-                            requires_safety_checker=False).save_pretrained(path)
+    random_pipeline("sd1").save_pretrained(path := tmp_path_factory.mktemp("sd1"))
     return dict(model=str(path), width=32)
 
 
@@ -1650,6 +1720,104 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(tiny_sd1, mo
     assert 0.7 < torch.dot(estimate, exact) / exact.square().sum() < 1.4
 
 
+# Memory, computed: on fake tensors, which have shapes and no numbers
+
+class Memory(TorchDispatchMode):
+    """Follows the bytes of every storage from birth to death, and of modules that move to a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def add(self, count):
+        self.now += count
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:  # .item(), bool()
+            return 0
+        result = function(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_iter(result) if isinstance(x, torch.Tensor)):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def move(self, module, device):
+        size = sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
+        self.add(-size if device == "cpu" else size)
+        return module
+
+
+def peaks(script, *flags):
+    """{phase: the most bytes on the GPU} of a run with these flags, at the true size of its model.
+
+    Attention is as memory-efficient as the CPU's kernel. Not counted: reward models, CUDA itself (half a GB),
+    and what the allocator leaves unused.
+    """
+    args, found = script.parse(["--dtype", "bf16", *flags]), {}
+    with (FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory,
+          pytest.MonkeyPatch.context() as patch):
+        torch.set_default_dtype(torch.bfloat16)
+        pipe = random_pipeline("sd3" if "3.5" in args.model else "sd1", true=True, depth=99)
+        torch.set_default_dtype(torch.float32)
+        for p in pipe.vae.parameters():
+            p.data = p.data.float()
+        pipe.image_processor = SimpleNamespace(postprocess=list)
+        config = {"_class_name": type(pipe).__name__}
+        patch.setattr(diffusers.DiffusionPipeline, "load_config", lambda *args: config)
+        patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **options: pipe)
+        patch.setattr(torch.nn.Module, "to", lambda module, device: memory.move(module, device))
+        memory.now = 0  # so far all is on the CPU
+
+        def phase(name, function, *args):
+            memory.peak = memory.now
+            result = function(*args)
+            found[name] = memory.peak
+            return result
+
+        if script is crd:
+            model, encode = crd.load_pipeline(args, CPU), functools.partial(crd.encode, pipe, args=args)
+            network, targets, adapters = model.transformer, TARGET_MODULES, ADAPTERS
+            blocks, prompts, N = network.transformer_blocks, args.groups, args.groups * args.group_size
+        else:
+            model = ddpo.load_family(args, CPU)
+            args, encode, network = model.args, functools.partial(ddpo.encode, model), model.network
+            targets, adapters, prompts, N = model.target_modules, ("policy", "ema"), args.images, args.images
+            blocks = [module for module in network.modules() if type(module).__name__ in model.blocks]
+        layers = script.add_lora(network, targets, args.rank, args.alpha, adapters)
+        if args.grad_checkpoint:
+            script.checkpoint_blocks(blocks, layers)
+        kept = [torch.zeros_like(p) for p in network.parameters() if p.requires_grad for _ in "mv"]  # AdamW
+        noise, x0 = torch.zeros(2, N, network.config.in_channels, args.height // 8, args.width // 8)
+        batch, rows = phase("encode", encode, ["a"] * 64), torch.arange(args.micro_batch)
+        cond, uncond, held_out = ([t[:1].repeat(n, *[1] * (t.ndim - 1)) for t in batch]
+                                  for n in (prompts, 1, args.eval_images))
+        kept += held_out
+        if script is crd:
+            K, B, one = args.group_size, args.sample_batch, [t[:1] for t in cond]
+            phase("rollout", crd.generate, pipe, noise[:B], 2, one, B)
+            u, x = torch.zeros(2, *noise[::args.steps_per_epoch].shape)  # of a step's share
+            phase("train", crd.accumulate_gradients, network, layers, x0[:K], noise[:K], SIGMA, one, uncond,
+                  SIGMA.expand(K), SIGMA.expand(K), 1.0, args)
+        else:
+            kept.append(states := torch.zeros(N, args.random_steps + 1, *x0.shape[1:]))
+            phase("rollout", ddpo.rollout, model, noise[:len(rows)], cond, uncond, [rows],
+                  replace(args, steps=2, random_steps=2))
+            phase("train", ddpo.policy_gradients, model, states, x0[:, 0, :, 0], x0[:, 0, 0, 0], cond, uncond,
+                  rows, [0], args)
+        phase("decode", script.decode, model, x0[:args.decode_batch], args.decode_batch)
+    return found
+
+
+def test_the_presets_fit_a_gpu_of_16_gb():
+    """In every phase, with a GB to spare. (Of true size: 2.24 and 0.86 billion frozen parameters.)"""
+    for script, flags, weights in ((crd, ["--reward", "ocr"], 2.24e9), (ddpo, [], 0.86e9)):
+        found = peaks(script, *flags).values()
+        assert len(found) == 4 and 2 * weights < min(found) and max(found) < 15e9
+
+
 # The README
 
 def test_the_readme_points_at_the_code():
@@ -1660,3 +1828,13 @@ def test_the_readme_points_at_the_code():
     for name, file, first, last in links:
         lines, start = inspect.getsourcelines(getattr(sys.modules[file], name))
         assert (int(first), int(last)) == (start, start + len(lines) - 1), (name, file)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["memory"]:  # python test_crd.py memory
+    rewards.hush()
+    sizes = "", "--micro-batch 12", "--micro-batch 8 --sample-batch 8 --decode-batch 2"
+    rows = [(crd, f"--reward ocr {size}{off}") for off in ("", " --no-grad-checkpoint") for size in sizes]
+    rows += [(ddpo, ""), (ddpo, "--no-grad-checkpoint"), (ddpo, "--decode-batch 2")]
+    for script, flags in rows:
+        found = {phase: f"{size / 1e9:.1f}" for phase, size in peaks(script, *flags.split()).items()}
+        print(f"{script.__name__}.py {flags}".ljust(85), "GB, computed:", found, flush=True)
