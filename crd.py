@@ -29,7 +29,7 @@ is evaluated and saved. The loop, in `train`:
     python crd.py --preset tiny        # the bundled toy model, on any CPU, in minutes
     python crd.py --reward ocr         # Stable Diffusion 3.5 Medium learns to spell, on one GPU
 
-Left out, to keep it readable: several processes (the authors train on many GPUs), and other models than
+Under torchrun, several GPUs share the groups of each step. Left out, to keep it readable: other models than
 Stable Diffusion 3.x (for another flow model, replace `load_pipeline`, `encode`, `velocity` and `decode`).
 """
 
@@ -287,6 +287,9 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
 def train(args):
     """The paper's Algorithm 1, from loading to the last evaluation. Returns the run's folder."""
     folder, device = rewards.open_run(args)
+    process, count = rewards.processes()
+    if args.groups % (args.steps_per_epoch * count):
+        raise ValueError(f"--groups must be a multiple of --steps-per-epoch times the {count} processes")
     reward, judge, stream, held_out, held_out_metadata = rewards.load_task(args, device)
     pipe = load_pipeline(args, device)
     transformer, scale = pipe.transformer, pipe.vae_scale_factor
@@ -317,6 +320,8 @@ def train(args):
 
     def evaluate():
         """Draw the held-out prompts with `ema`, always from the same noise; score, log and show them."""
+        if process:
+            return
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234)).to(device)
         with use_adapter(layers, "ema"):
             latents = generate(pipe, noise, args.eval_steps, held_out_cond, args.sample_batch, uncond,
@@ -328,6 +333,8 @@ def train(args):
             save(folder / "best", layers, optimizer, generator, progress)
 
     K, N, T = args.group_size, args.groups * args.group_size, args.train_timesteps or args.rollout_steps
+    # Under torchrun each of several processes has whole groups of its own, and every random number is drawn.
+    mine = torch.arange(N).view(-1, count, K)[:, process].flatten()
     if not (args.resume and args.epochs):  # a resumed run has done it
         evaluate()
     pipe.scheduler.set_timesteps(args.rollout_steps)
@@ -339,30 +346,34 @@ def train(args):
 
         # 1. Roll out: K images of each prompt with the sampler, without guidance.
         drawn = list(itertools.islice(stream, args.groups))
+        drawn = [drawn[i] for i in mine[::K] // K]
         cond = encode(pipe, [prompt for prompt, _ in drawn], args)
-        noise = torch.randn(N, *shape, generator=generator, device=device)
+        noise = torch.randn(N, *shape, generator=generator, device=device)[mine]
         with use_adapter(layers, "old" if args.tie_sampler else "sampler"):
-            x0 = generate(pipe, noise, args.rollout_steps, cond, args.sample_batch)  # (N, C, h, w)
+            x0 = generate(pipe, noise, args.rollout_steps, cond, args.sample_batch)  # (N / count, C, h, w)
         images = decode(pipe, x0, args.decode_batch)
         clock.append(time.perf_counter())
 
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in drawn for _ in range(K)])
-        R, parts = reward.score(images, prompts, metadata)  # (N,)
-        targets = reward_targets(R, K, args.advantage_clip).to(device)
-        normalized_reward = {"reward": rewards.normalize(R, reward.range).to(device), "advantage": targets,
-                             "off": torch.ones(N, device=device)}[args.anchor_adapt]
+        R, parts = rewards.gather_scores(reward.score(images, prompts, metadata), mine)  # (N,)
+        targets = reward_targets(R, K, args.advantage_clip)[mine].to(device)
+        normalized_reward = {"reward": rewards.normalize(R, reward.range)[mine].to(device),
+                             "advantage": targets, "off": torch.ones_like(targets)}[args.anchor_adapt]
         clock.append(time.perf_counter())
 
         # 3. Train: each optimizer step on its share of the groups, at T of the rollout's sigmas.
         totals = torch.zeros(6)  # loss, its two terms, rho, its variance in a group, the gradient's norm
-        for rows in tqdm(torch.arange(N).split(N // args.steps_per_epoch), desc="train", leave=False):
+        shares = torch.arange(len(mine)).split(len(mine) // args.steps_per_epoch)
+        for rows in tqdm(shares, desc="train", leave=False):
             share = [t[rows[::K] // K] for t in cond]
             for i in torch.randperm(args.rollout_steps, generator=generator, device=device)[:T]:
-                noise = torch.randn(len(rows), *shape, generator=generator, device=device)
+                noise = torch.randn(count * len(rows), *shape, generator=generator, device=device)
+                noise = noise[mine[rows] % len(noise)]
                 totals[:5] += accumulate_gradients(
                     transformer, layers, x0[rows], noise, sigmas[i], share, uncond, targets[rows],
                     normalized_reward[rows], 1 / T, args)
+            rewards.average_over_processes([p.grad for p in parameters])
             totals[5] += nn.utils.clip_grad_norm_(parameters, 1.0).cpu()
             if not totals.isfinite().all():
                 raise FloatingPointError(f"the loss is {totals[0]:g}, its gradient's norm {totals[5]:g}: "
@@ -371,6 +382,8 @@ def train(args):
             optimizer.zero_grad()
             progress["step"] += 1
             ema_update(layers, "ema", min(args.ema, (1 + progress["step"]) / (10 + progress["step"])))
+
+        rewards.average_over_processes([totals[:5]])
 
         # 4. Let `old` and the sampler follow the policy.
         ema_update(layers, "old", ema_decay(progress["step"], *args.old_decay))

@@ -25,7 +25,7 @@ ratio further from 1. No gradient passes through the chain: memory does not grow
 
 The paper's baselines, `rwr` and `rwr-sparse`, train the denoising loss on the model's own images, weighted by
 reward or on the best alone (regression_gradients). One loop serves UNets (Stable Diffusion 1.x, with DDIM's
-step) and Stable Diffusion 3.x (with a flow's SDE). Left out: several processes (the authors train on many).
+step) and Stable Diffusion 3.x (with a flow's SDE). Under torchrun, several GPUs share an update's images.
 
     python ddpo.py --preset tiny                  # the bundled toy model, on any CPU, in minutes
     python ddpo.py --reward compressibility       # Stable Diffusion 1.4 learns to compress well, on one GPU
@@ -267,7 +267,7 @@ def guided(family, x, i, cond, uncond, guidance):
 
 
 @torch.no_grad()
-def rollout(family, noise, cond, uncond, shares, args, generator=None):
+def rollout(family, noise, cond, uncond, shares, args, generator=None, mine=None):
     """Draw images from x_T = noise (N, C, h, w) and N rows of cond, in the batches that each update has, too.
 
     The first R = args.random_steps have noise. The others have none, hence no log-probability: the gradient
@@ -282,6 +282,9 @@ def rollout(family, noise, cond, uncond, shares, args, generator=None):
     for rows in tqdm(batches, desc="sample", leave=False):
         x, here = noise[rows], [t[rows] for t in cond]
         for i in range(args.steps):
+            if mine is not None and rows[0] not in mine:  # another process's: only draw its random numbers
+                torch.randn(x.shape, generator=generator, device=x.device)
+                continue
             output = guided(family, x, i, here, uncond, args.guidance)
             x, log_prob = family.step(output, x, i, noise=float(i < R), generator=generator)
             if i < R:
@@ -350,6 +353,7 @@ def generate(family, noise, cond, uncond, args):
 def train(args):
     """Sample, score, improve (Black et al. 2023, sec. 4). Returns the run's folder."""
     folder, device = rewards.open_run(args)
+    process, count = rewards.processes()
     reward, judge, stream, held_out, held_out_metadata = rewards.load_task(args, device)
     family = load_family(args, device)
     given, args = args, family.args  # for args.json, and with what was None filled in
@@ -384,6 +388,8 @@ def train(args):
 
     def evaluate():
         """Draw the held-out prompts with `ema`, always from the same noise; score, log and show them."""
+        if process:
+            return
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234)).to(device)
         with use_adapter(layers, "ema"):
             images = decode(family, generate(family, noise, held_out_cond, uncond, args), args.decode_batch)
@@ -394,7 +400,13 @@ def train(args):
 
     N, K, T, start = args.images, args.group_size, args.train_timesteps, progress["epoch"]
     regression, sparse = args.algorithm.startswith("rwr"), args.algorithm == "rwr-sparse"
+    if count > 1 and (regression or N % (args.updates * args.micro_batch * count)):
+        raise ValueError(f"{count} processes need --algorithm is or sf, and --images that are a multiple of "
+                         f"{count} times --updates times --micro-batch ({args.updates}, {args.micro_batch})")
     in_order = torch.arange(N).split(N // args.updates)  # each update's share of the images
+    # Under torchrun each of several processes has whole batches of its own, and every random number is drawn.
+    own = lambda rows: torch.cat(rows.split(args.micro_batch)[process::count])  # noqa
+    mine = torch.cat([own(share) for share in in_order])
     if not (args.resume and args.epochs):  # a resumed run has done it
         evaluate()
     if args.epochs:
@@ -406,13 +418,14 @@ def train(args):
         drawn = list(itertools.islice(stream, N // K))
         cond = [t[torch.arange(N) // K] for t in encode(family, [prompt for prompt, _ in drawn])]
         noise = torch.randn(N, *shape, generator=generator, device=device)
-        x0, states, log_probs = rollout(family, noise, cond, uncond, in_order, args, generator)
-        images = decode(family, x0, args.decode_batch)
+        x0, states, log_probs = rollout(family, noise, cond, uncond, in_order, args, generator, mine)
+        images = decode(family, x0[mine], args.decode_batch)
         clock.append(time.perf_counter())
 
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in drawn for _ in range(K)])
-        R, parts = reward.score(images, prompts, metadata)  # (N,)
+        scores = reward.score(images, [prompts[i] for i in mine], [metadata[i] for i in mine])
+        R, parts = rewards.gather_scores(scores, mine)  # (N,)
         A = statistics.advantages(prompts, R, args.advantage_clip).to(device)
         clock.append(time.perf_counter())
 
@@ -427,7 +440,8 @@ def train(args):
                 entry = regression_gradients(family, x0, weights, cond, uncond, share, args, generator)
             else:
                 steps = torch.randperm(args.random_steps, generator=generator, device=device)[:T].tolist()
-                entry = policy_gradients(family, states, log_probs, A, cond, uncond, share, steps, args)
+                entry = policy_gradients(family, states, log_probs, A, cond, uncond, own(share), steps, args)
+            rewards.average_over_processes([p.grad for p in parameters])
             entry["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(entry["loss"] + entry["grad_norm"]):
                 raise FloatingPointError("the loss is {loss:g}, its gradient's norm {grad_norm:g}: stopped "
@@ -446,6 +460,9 @@ def train(args):
         values = {key: sum(entry[key] for entry in logs) / len(logs) for key in logs[0]}
         if not regression:  # the first update starts from p_old: without --compile this is 0
             values["first_ratio_error"] = logs[0]["ratio_error"]
+        numbers = torch.tensor([*values.values()], dtype=torch.float64)
+        rewards.average_over_processes([numbers])
+        values = dict(zip(values, numbers.tolist()))
         rewards.log_epoch(folder, args, progress, R, parts, values, seconds, device)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             evaluate()

@@ -15,6 +15,7 @@ Models run in float32 (in bf16 the batch could move a pickscore by 0.1), the two
 """
 
 import contextlib
+import datetime
 import io
 import json
 import math
@@ -28,11 +29,12 @@ import traceback
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
@@ -1070,18 +1072,54 @@ PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": partial(chosen
 
 def open_run(args):
     """Where a run of `args` writes and computes, (folder, device); --dtype auto is decided. ValueError."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(args.device or cuda)
     folder = Path(args.resume or f"runs/{args.name}")
     if (folder / "metrics.jsonl").exists() and not args.resume:
         raise ValueError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
     if device.type == "cpu" and not (args.device or Path(args.model).exists()):
         raise ValueError(f"{args.model} needs a CUDA device, and there is none here. Try --preset tiny, the "
                          "bundled model for CPUs, or insist with --device cpu")
+    join_processes(device)
     auto, args.dtype = args.dtype == "auto", choose_dtype(device) if args.dtype == "auto" else args.dtype
     why = " (auto: bf16 is missing there, or slow)" * (auto and args.dtype == "fp32")
     torch.set_float32_matmul_precision("high")  # TF32 for what a GPU computes in float32, such as the VAE
     tqdm.write(f"{folder}: {args.model} on {device} in {args.dtype}{why}")
     return folder, device
+
+
+def join_processes(device):
+    """Under torchrun, meet the other processes. The first logs and saves, the others only speak of errors."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others wait while it evaluates
+        if dist.get_rank():
+            tqdm.__init__, sys.stdout = partialmethod(tqdm.__init__, disable=True), open(os.devnull, "w")
+
+
+def processes():
+    """(the number of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_scores(scores, rows):
+    """From `score`'s result for `rows`, this process's of an epoch's images, to that for all of them."""
+    if not dist.is_initialized():
+        return scores
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (rows, *scores))
+    order = torch.cat([rows for rows, _, _ in everyone]).argsort()
+    parts = {name: torch.cat([parts[name] for _, _, parts in everyone])[order] for name in scores[1]}
+    return torch.cat([R for _, R, _ in everyone])[order], parts
+
+
+def average_over_processes(tensors):
+    """Replace each tensor, a gradient or a total, by its mean over all processes, in one go."""
+    if dist.is_initialized():
+        dist.all_reduce(flat := torch.cat([x.flatten() for x in tensors]))
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x) / dist.get_world_size())
 
 
 def load_task(args, device):
@@ -1185,6 +1223,8 @@ def log_epoch(folder, args, progress, R, parts, values, seconds, device):
 
 def log(folder, args, progress, split, epoch, R, parts, more):
     """Append a line to a run's metrics.jsonl, and send it to Weights & Biases with --wandb."""
+    if processes()[0]:
+        return
     line = {"split": split, "epoch": epoch, **{key: progress[key] for key in ("step", "images", "seconds")},
             "reward": R.mean().item(), "reward_std": R.std(correction=0).item(),
             **{name: scores.mean().item() for name, scores in parts.items()}, **more}
@@ -1218,6 +1258,8 @@ def reward_curve(folder, split="eval", y="reward", x="images"):
 
 def write_aside(path, content):
     """Write a text, or call content(aside), beside `path`, then rename: a killed save leaves the old file."""
+    if processes()[0]:
+        return
     aside = Path(f"{path}.aside")
     aside.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(content) if isinstance(content, str) else content(aside)
