@@ -124,7 +124,7 @@ PRESETS = {
                  max_sequence_length=1, rank=16, alpha=32, groups=48, group_size=8, rollout_steps=6,
                  sample_batch=192, decode_batch=96, micro_batch=64, train_timesteps=2, steps_per_epoch=6,
                  lr=1.5e-3, ema=0.97, old_decay=(0, 0.25, 0.01, 0.9), anchor_guidance=4.0,
-                 grad_checkpoint=False, epochs=54, eval_every=18, eval_steps=10, eval_images=512,
+                 grad_checkpoint=False, epochs=48, eval_every=16, eval_steps=10, eval_images=512,
                  eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color"),
 }
 
@@ -287,9 +287,9 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
 def train(args):
     """The paper's Algorithm 1, from loading to the last evaluation. Returns the run's folder."""
     folder, device = rewards.open_run(args)
-    process, count = rewards.processes()
-    if args.groups % (args.steps_per_epoch * count):
-        raise ValueError(f"--groups must be a multiple of --steps-per-epoch times the {count} processes")
+    process, world_size = rewards.processes()
+    if args.groups % (args.steps_per_epoch * world_size):
+        raise ValueError(f"--groups must be a multiple of --steps-per-epoch times the {world_size} processes")
     reward, judge, stream, held_out, held_out_metadata = rewards.load_task(args, device)
     pipe = load_pipeline(args, device)
     transformer, scale = pipe.transformer, pipe.vae_scale_factor
@@ -334,7 +334,7 @@ def train(args):
 
     K, N, T = args.group_size, args.groups * args.group_size, args.train_timesteps or args.rollout_steps
     # Under torchrun each of several processes has whole groups of its own, and every random number is drawn.
-    mine = torch.arange(N).view(-1, count, K)[:, process].flatten()
+    mine = torch.arange(N).view(-1, world_size, K)[:, process].flatten()
     if not (args.resume and args.epochs):  # a resumed run has done it
         evaluate()
     pipe.scheduler.set_timesteps(args.rollout_steps)
@@ -350,7 +350,7 @@ def train(args):
         cond = encode(pipe, [prompt for prompt, _ in drawn], args)
         noise = torch.randn(N, *shape, generator=generator, device=device)[mine]
         with use_adapter(layers, "old" if args.tie_sampler else "sampler"):
-            x0 = generate(pipe, noise, args.rollout_steps, cond, args.sample_batch)  # (N / count, C, h, w)
+            x0 = generate(pipe, noise, args.rollout_steps, cond, args.sample_batch)  # of mine, (n, C, h, w)
         images = decode(pipe, x0, args.decode_batch)
         clock.append(time.perf_counter())
 
@@ -368,7 +368,7 @@ def train(args):
         for rows in tqdm(shares, desc="train", leave=False):
             share = [t[rows[::K] // K] for t in cond]
             for i in torch.randperm(args.rollout_steps, generator=generator, device=device)[:T]:
-                noise = torch.randn(count * len(rows), *shape, generator=generator, device=device)
+                noise = torch.randn(N // args.steps_per_epoch, *shape, generator=generator, device=device)
                 noise = noise[mine[rows] % len(noise)]
                 totals[:5] += accumulate_gradients(
                     transformer, layers, x0[rows], noise, sigmas[i], share, uncond, targets[rows],

@@ -353,7 +353,7 @@ def generate(family, noise, cond, uncond, args):
 def train(args):
     """Sample, score, improve (Black et al. 2023, sec. 4). Returns the run's folder."""
     folder, device = rewards.open_run(args)
-    process, count = rewards.processes()
+    process, world_size = rewards.processes()
     reward, judge, stream, held_out, held_out_metadata = rewards.load_task(args, device)
     family = load_family(args, device)
     given, args = args, family.args  # for args.json, and with what was None filled in
@@ -400,12 +400,12 @@ def train(args):
 
     N, K, T, start = args.images, args.group_size, args.train_timesteps, progress["epoch"]
     regression, sparse = args.algorithm.startswith("rwr"), args.algorithm == "rwr-sparse"
-    if count > 1 and (regression or N % (args.updates * args.micro_batch * count)):
-        raise ValueError(f"{count} processes need --algorithm is or sf, and --images that are a multiple of "
-                         f"{count} times --updates times --micro-batch ({args.updates}, {args.micro_batch})")
+    if world_size > 1 and (regression or N % (args.updates * args.micro_batch * world_size)):
+        raise ValueError(f"{world_size} processes need --algorithm is or sf, and --images a multiple "
+                         f"of {world_size} x --updates x --micro-batch ({args.updates} x {args.micro_batch})")
     in_order = torch.arange(N).split(N // args.updates)  # each update's share of the images
     # Under torchrun each of several processes has whole batches of its own, and every random number is drawn.
-    own = lambda rows: torch.cat(rows.split(args.micro_batch)[process::count])  # noqa
+    own = lambda rows: torch.cat(rows.split(args.micro_batch)[process::world_size])  # noqa
     mine = torch.cat([own(share) for share in in_order])
     if not (args.resume and args.epochs):  # a resumed run has done it
         evaluate()

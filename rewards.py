@@ -1162,7 +1162,7 @@ def hush():
 
 def last_words(error, args):
     """What a run that stops says, in one line: what was wrong and, where an epoch is saved, how to go on."""
-    words, folder = str(error) or "stopped", args and Path(args.resume or f"runs/{args.name}")
+    words, folder = str(error) or "stopped", Path(args.resume or f"runs/{args.name}") if args else Path()
     if isinstance(error, torch.OutOfMemoryError):
         frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
         flags = {"load_task": "reward", "load_pipeline": "model", "load_family": "model",
