@@ -333,7 +333,7 @@ def train(args):
             save(folder / "best", layers, optimizer, generator, progress)
 
     K, N, T = args.group_size, args.groups * args.group_size, args.train_timesteps or args.rollout_steps
-    # Under torchrun each of several processes has whole groups of its own, and every random number is drawn.
+    # Under torchrun, each process draws the random numbers of all, and keeps those of its own groups.
     mine = torch.arange(N).view(-1, world_size, K)[:, process].flatten()
     if not (args.resume and args.epochs):  # a resumed run has done it
         evaluate()
@@ -564,7 +564,7 @@ def load_pipeline(args, device):
         module.requires_grad_(False).eval()
     for part in [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part]:
         for name, layer in part.to(device).named_modules():
-            if re.fullmatch(r"\D+\d+", name):  # one of its layers: on the device only while it runs
+            if re.fullmatch(r"\D+\d+", name):  # block.3, not block.3.layer.0: on the device while it runs
                 layer.to("cpu").register_forward_pre_hook(lambda layer, _: layer.to(device) and None)
                 layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None)
     pipe.transformer.to(device)

@@ -272,7 +272,8 @@ def rollout(family, noise, cond, uncond, shares, args, generator=None, mine=None
 
     The first R = args.random_steps have noise. The others have none, hence no log-probability: the gradient
     takes them for a part of the environment. Returns x_0 (N, C, h, w); the states from x_T on of the random
-    steps (N, R + 1, C, h, w), on the CPU if over a quarter of the GPU's free memory; and log p (N, R).
+    steps (N, R + 1, C, h, w), on the CPU if over a quarter of the GPU's free memory; and log p (N, R). Only
+    rows of `mine`, where given, are drawn; the batches of other processes are left empty.
     """
     R, x0 = args.random_steps, torch.empty_like(noise)
     large = noise.is_cuda and 4 * (R + 1) * noise.numel() > torch.cuda.mem_get_info(noise.device)[0] / 4
@@ -357,6 +358,10 @@ def train(args):
     reward, judge, stream, held_out, held_out_metadata = rewards.load_task(args, device)
     family = load_family(args, device)
     given, args = args, family.args  # for args.json, and with what was None filled in
+    N, regression = args.images, args.algorithm.startswith("rwr")
+    if world_size > 1 and (regression or N % (args.updates * args.micro_batch * world_size)):
+        raise ValueError(f"{world_size} processes need --algorithm is or sf, and --images a multiple "
+                         f"of {world_size} x --updates x --micro-batch ({args.updates} x {args.micro_batch})")
     network, scale = family.network, family.pipe.vae_scale_factor
     shape = network.config.in_channels, args.height // scale, args.width // scale  # of an image's latents
 
@@ -398,13 +403,10 @@ def train(args):
             progress["best"] = mean
             save(folder / "best", layers, optimizer, generator, progress, family.prefix)
 
-    N, K, T, start = args.images, args.group_size, args.train_timesteps, progress["epoch"]
-    regression, sparse = args.algorithm.startswith("rwr"), args.algorithm == "rwr-sparse"
-    if world_size > 1 and (regression or N % (args.updates * args.micro_batch * world_size)):
-        raise ValueError(f"{world_size} processes need --algorithm is or sf, and --images a multiple "
-                         f"of {world_size} x --updates x --micro-batch ({args.updates} x {args.micro_batch})")
+    K, T, start = args.group_size, args.train_timesteps, progress["epoch"]
+    sparse = args.algorithm == "rwr-sparse"
     in_order = torch.arange(N).split(N // args.updates)  # each update's share of the images
-    # Under torchrun each of several processes has whole batches of its own, and every random number is drawn.
+    # Under torchrun, each process draws the random numbers of all, and keeps those of its own batches.
     own = lambda rows: torch.cat(rows.split(args.micro_batch)[process::world_size])  # noqa
     mine = torch.cat([own(share) for share in in_order])
     if not (args.resume and args.epochs):  # a resumed run has done it
@@ -461,7 +463,7 @@ def train(args):
         if not regression:  # the first update starts from p_old: without --compile this is 0
             values["first_ratio_error"] = logs[0]["ratio_error"]
         numbers = torch.tensor([*values.values()], dtype=torch.float64)
-        rewards.average_over_processes([numbers])
+        rewards.average_over_processes([numbers])  # also of their largest ratios
         values = dict(zip(values, numbers.tolist()))
         rewards.log_epoch(folder, args, progress, R, parts, values, seconds, device)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -699,7 +701,7 @@ def load_family(args, device):
         module.requires_grad_(False).eval()
     for part in [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part]:
         for name, layer in part.to(device).named_modules():
-            if re.fullmatch(r"\D+\d+", name):  # one of its layers: on the device only while it runs
+            if re.fullmatch(r"\D+\d+", name):  # block.3, not block.3.layer.0: on the device while it runs
                 layer.to("cpu").register_forward_pre_hook(lambda layer, _: layer.to(device) and None)
                 layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None)
     family.network.to(device)

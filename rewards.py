@@ -209,6 +209,8 @@ def loading(reward, path, subfolder, repository, file=""):
         if not Path(place[0]).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", place[0]):
             raise OSError("no such folder")
         yield place
+    except torch.OutOfMemoryError:
+        raise
     except Exception as cause:
         place, reason = "/".join(filter(None, (*place, file))), str(cause).strip().split("\n")[0]
         raise OSError(f"reward {reward}: cannot load {place} ({reason}). Plain {reward} downloads its "
@@ -1072,8 +1074,9 @@ PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": partial(chosen
 
 def open_run(args):
     """Where a run of `args` writes and computes, (folder, device); --dtype auto is decided. ValueError."""
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(args.device or cuda)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     folder = Path(args.resume or f"runs/{args.name}")
     if (folder / "metrics.jsonl").exists() and not args.resume:
         raise ValueError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
@@ -1081,7 +1084,10 @@ def open_run(args):
         raise ValueError(f"{args.model} needs a CUDA device, and there is none here. Try --preset tiny, the "
                          "bundled model for CPUs, or insist with --device cpu")
     join_processes(device)
-    auto, args.dtype = args.dtype == "auto", choose_dtype(device) if args.dtype == "auto" else args.dtype
+    auto, choice = args.dtype == "auto", [choose_dtype(device) if args.dtype == "auto" else args.dtype]
+    if dist.is_initialized():
+        dist.broadcast_object_list(choice)  # busy processes could measure differently
+    args.dtype, = choice
     why = " (auto: bf16 is missing there, or slow)" * (auto and args.dtype == "fp32")
     torch.set_float32_matmul_precision("high")  # TF32 for what a GPU computes in float32, such as the VAE
     tqdm.write(f"{folder}: {args.model} on {device} in {args.dtype}{why}")
@@ -1093,7 +1099,8 @@ def join_processes(device):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others wait while it evaluates
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait for evaluations
         if dist.get_rank():
             tqdm.__init__, sys.stdout = partialmethod(tqdm.__init__, disable=True), open(os.devnull, "w")
 
