@@ -282,10 +282,11 @@ def rollout(family, noise, cond, uncond, shares, args, generator=None, mine=None
     batches = [rows for share in shares for rows in share.split(args.micro_batch)]
     for rows in tqdm(batches, desc="sample", leave=False):
         x, here = noise[rows], [t[rows] for t in cond]
-        for i in range(args.steps):
-            if mine is not None and rows[0] not in mine:  # another process's: only draw its random numbers
+        if mine is not None and rows[0] not in mine:  # another process's: only draw its random numbers
+            for _ in range(args.steps):
                 torch.randn(x.shape, generator=generator, device=x.device)
-                continue
+            continue
+        for i in range(args.steps):
             output = guided(family, x, i, here, uncond, args.guidance)
             x, log_prob = family.step(output, x, i, noise=float(i < R), generator=generator)
             if i < R:

@@ -1084,11 +1084,13 @@ def open_run(args):
         raise ValueError(f"{args.model} needs a CUDA device, and there is none here. Try --preset tiny, the "
                          "bundled model for CPUs, or insist with --device cpu")
     join_processes(device)
-    auto, choice = args.dtype == "auto", [choose_dtype(device) if args.dtype == "auto" else args.dtype]
-    if dist.is_initialized():
-        dist.broadcast_object_list(choice)  # busy processes could measure differently
-    args.dtype, = choice
-    why = " (auto: bf16 is missing there, or slow)" * (auto and args.dtype == "fp32")
+    why = ""
+    if args.dtype == "auto":
+        choice = [choose_dtype(device)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(choice)  # busy processes could measure differently
+        args.dtype, = choice
+        why = " (auto: bf16 is missing there, or slow)" * (args.dtype == "fp32")
     torch.set_float32_matmul_precision("high")  # TF32 for what a GPU computes in float32, such as the VAE
     tqdm.write(f"{folder}: {args.model} on {device} in {args.dtype}{why}")
     return folder, device

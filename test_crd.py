@@ -1285,7 +1285,7 @@ def test_resume_equals_not_stopping(run, tiny_sd1, script, settings):
     (crd, dict(groups=4, steps_per_epoch=2)), (ddpo, dict(images=8, micro_batch=1))])
 def test_two_processes_learn_what_one_does(run, script, settings):
     """From the same groups the same gradients, to float tolerance, stopped and resumed, through torchrun."""
-    settings["lr"] = 1e-4  # AdamW makes a step of a gradient that is only rounding, too: keep it small
+    settings = {**settings, "lr": 1e-4}  # AdamW makes a step of mere rounding, too: keep it small
     one = run(script, "one", 2, **settings)
     Path("both.py").write_text(f"""import sys; sys.path.insert(0, {str(TINY.parent)!r})
 from test_crd import {script.__name__} as script, short, torch
@@ -1295,8 +1295,8 @@ script.train(script.parse(["--resume", "runs/two", "--epochs", "2"]))""")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     subprocess.run([*torchrun, "both.py"], check=True)
     found, expected = state("runs/two"), state(one)
-    moments = [torch.cat([x["exp_avg"].flatten() for x in run["optimizer"]["state"].values()])
-               for run in (found, expected)]
+    moments = [torch.cat([x["exp_avg"].flatten() for x in end["optimizer"]["state"].values()])
+               for end in (found, expected)]
     assert distance(*moments) < 1e-3 and torch.equal(found["rng"], expected["rng"])
     a, b = ([x for x in metrics(folder)[-2].values() if x != "train"] for folder in ("runs/two", one))
     assert a == pytest.approx(b, rel=1e-2, abs=1e-5)
