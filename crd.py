@@ -5,19 +5,20 @@ problem max_p E_p[r] - beta KL(p || p_old) has a solution p* in closed form, fro
 
     p*(x|c) = p_old(x|c) exp(r(x,c) / beta) / Z(c)    so    r(x,c) = beta log (p*/p_old)(x|c) + beta log Z(c)
 
-Z(c) is intractable, but the same for every image of a prompt: draw K images of each, subtract the mean over
-them on both sides, and it is gone. Put the model p in p*'s place, and what is left is to fit its log-ratio
-rho to the scaled reward s, both centered: no policy gradient, no backpropagation through the sampler.
+Z(c) is intractable, but the same for every image of a prompt: draw K images of each, subtract their mean
+from both sides, and Z is gone. Replace p* by the model p, and it remains to fit its log-ratio rho to the
+scaled reward s, both centered: no policy gradient, no backpropagation through the sampler.
 
     rho_i = mean[(v_old - u)^2 / m_old - (v - u)^2 / m]    ~ log (p/p_old), m = mean |v - u| (implicit_reward)
     L_crd = A_max/beta mean_i[(beta (rho_i - mean_K rho) - (s_i - mean_K s))^2]                     (crd_loss)
     L     = L_crd + mean_i[kappa_i mean (v - v_ref)^2]     with an anchor                        (anchor_loss)
 
 A noised image has the velocity u = noise - x0; v, v_old, v_ref are the predictions of the policy, of p_old
-and of the anchor: the pretrained model with guidance, so that guidance is distilled, too. Copies of one LoRA
-share the frozen model: `policy` learns; `sampler` draws the images, nearly the policy's own; `old` is p_old
-and follows the policy more slowly, or rho would be 0 and restrain nothing; `ema`, an average of the policy,
-is evaluated and saved. The loop, in `train`:
+and of the anchor: the pretrained model with guidance, so guidance is distilled too. Advantages are clipped
+to +-A_max, mean_K is over a prompt's images, and kappa_i is the anchor's weight. Copies of one LoRA share
+the frozen model: `policy` learns; `sampler` draws the images, nearly the policy's own; `old` is p_old and
+follows the policy more slowly, or rho would be 0 and restrain nothing; `ema`, an average of the policy, is
+evaluated and saved. The loop, in `train`:
 
     for each epoch:
         roll out: draw K images of each prompt with `sampler`                                     (sample_ode)
@@ -95,7 +96,7 @@ class Settings:
     micro_batch: Annotated[int, "images in a forward and backward pass (a group may be cut)"] = 24
     lr: Annotated[float, "AdamW learning rate"] = 3e-4
     weight_decay: Annotated[float, "AdamW weight decay"] = 1e-4
-    old_decay: Annotated[tuple, "ema_decay of `old`: start step, start, slope, end"] = (0, 0.25, 0.001, 0.5)
+    old_decay: Annotated[tuple, "ema_decay of `old`: start step, value, slope, end"] = (0, 0.25, 0.001, 0.5)
     sampler_decay: Annotated[tuple, "the same for `sampler`"] = (0, 0.0, 0.001, 0.5)
     ema: Annotated[float, "decay per step of the average that is evaluated and saved"] = 0.9
     grad_checkpoint: Annotated[bool, "recompute blocks in the backward pass, to save memory"] = True
@@ -148,8 +149,9 @@ def sample_ode(velocity, noise, sigmas, order=2):
     for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         D = x0 = x - s * velocity(x, s)
         if order == 2 and i > 0:
-            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])  # 0 after sigma = 1
-            D = x0 + ratio / 2 * (x0 - before) if ratio <= 2 else x0
+            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+            if ratio <= 2:  # 0 after sigma = 1, infinite before 0
+                D = x0 + ratio / 2 * (x0 - before)
         x = D + t / s * (x - D)
         before = x0
     return x
@@ -158,8 +160,8 @@ def sample_ode(velocity, noise, sigmas, order=2):
 def reward_targets(rewards, group_size, clip=5.0):
     """Targets s = A / (2 clip) + 1/2 in [0, 1], A = (R - mean_group R) / (std_all R + 1e-4) within +-clip.
 
-    rewards R (N,), a prompt's images side by side. The standard deviation is of all N, or a prompt with
-    little spread would be blown up. The 1/2 cancels in the loss. ValueError if groups are not whole.
+    rewards R (N,), a prompt's images side by side. The standard deviation is of all N, so that a prompt with
+    little spread is not amplified. The 1/2 cancels in the loss. ValueError if groups are not whole.
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are not whole groups of {group_size}")
@@ -214,7 +216,7 @@ def crd_loss(rho, rho_mean, targets, targets_mean, beta=1.0, clip=5.0):
     detaching it changes no gradient: the residuals sum to zero in each group.
 
     Why A_max/beta: at rho = 0 the gradient is then -mean_i[A_i grad rho_i] where nothing is clipped, whatever
-    A_max and beta are. They set where it vanishes: at rho - mean rho = (R - mean R) / (2 A_max beta std).
+    A_max and beta are. They set the optimum, rho - mean rho = (R - mean R) / (2 A_max beta std).
     """
     return clip / beta * (beta * (rho - rho_mean) - (targets - targets_mean)).square().mean()
 
@@ -244,7 +246,7 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
 
     x0, noise (B, C, h, w), targets and normalized_reward (B,): whole groups side by side; cond of their B / K
     prompts. A micro-batch is some groups or a piece of one; where groups are cut, rho's mean over the whole
-    group comes from a pass without gradients. Returns `weight` times (L, L_crd, anchor, rho, its spread).
+    group comes from a pass without gradients. Returns `weight` times (L, L_crd, anchor, rho, its variance).
     """
     K, B, totals = args.group_size, len(x0), torch.zeros(5)
     x, u = add_noise(x0, noise, sigma), noise - x0
@@ -260,12 +262,11 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
         if args.reward_weight:
             v_old = torch.cat([predict(rows, "old") for rows in pieces])
             if len(pieces) > 1:
-                v = torch.cat([predict(rows, "policy") for rows in pieces])
-                rho = implicit_reward(v, v_old, u[chunk])
-                rho_mean = group_mean(rho, targets[chunk], K, args.tau)
+                whole = torch.cat([predict(rows, "policy") for rows in pieces])
+                rho_mean = group_mean(implicit_reward(whole, v_old, u[chunk]), targets[chunk], K, args.tau)
         for rows in pieces:
             v = predict(rows, "policy", grad=True)
-            reward_loss = anchor = rho = spread = torch.zeros((), device=v.device)
+            reward_loss = anchor = rho = variance = torch.zeros((), device=v.device)
             if args.reward_weight:
                 here = rows - chunk[0]
                 rho = implicit_reward(v, v_old[here], u[rows])
@@ -273,13 +274,13 @@ def accumulate_gradients(transformer, layers, x0, noise, sigma, cond, uncond, ta
                     rho_mean = group_mean(rho.detach(), targets[rows], K, args.tau)
                 reward_loss = crd_loss(rho, rho_mean[:, here], targets[rows], targets_mean[:, rows],
                                        args.beta, args.advantage_clip)
-                spread = (rho - rho_mean[0, here]).square()
+                variance = (rho - rho_mean[0, here]).square()
             if args.anchor:
                 v_ref = predict(rows, None, args.anchor_guidance)
                 anchor = anchor_loss(v, v_ref, normalized_reward[rows], args.anchor)
             loss, share = args.reward_weight * reward_loss + anchor, weight * len(rows) / B
             (share * loss).backward()
-            values = torch.stack([loss, reward_loss, anchor, rho.mean(), spread.mean()])
+            values = torch.stack([loss, reward_loss, anchor, rho.mean(), variance.mean()])
             totals += share * values.detach().cpu()
     return totals
 
@@ -296,11 +297,12 @@ def train(args):
     shape = transformer.config.in_channels, args.height // scale, args.width // scale  # of an image's latents
 
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # for all but LoRA, prompts, evaluations
+    generator = torch.Generator(device).manual_seed(args.seed)  # not for LoRA, prompts, evaluations
     held_out_cond, uncond = encode(pipe, held_out, args), encode(pipe, [""], args)
     layers = add_lora(transformer, TARGET_MODULES, args.rank, args.alpha, ADAPTERS)
-    for adapter in ADAPTERS if args.lora else ():
-        load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter)
+    if args.lora:
+        for adapter in ADAPTERS:
+            load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each kind of block, in each of its uses
         for block in transformer.transformer_blocks:
@@ -345,8 +347,7 @@ def train(args):
         clock = [time.perf_counter()]
 
         # 1. Roll out: K images of each prompt with the sampler, without guidance.
-        drawn = list(itertools.islice(stream, args.groups))
-        drawn = [drawn[i] for i in mine[::K] // K]
+        drawn = list(itertools.islice(stream, args.groups))[process::world_size]
         cond = encode(pipe, [prompt for prompt, _ in drawn], args)
         noise = torch.randn(N, *shape, generator=generator, device=device)[mine]
         with use_adapter(layers, "old" if args.tie_sampler else "sampler"):
@@ -366,13 +367,12 @@ def train(args):
         totals = torch.zeros(6)  # loss, its two terms, rho, its variance in a group, the gradient's norm
         shares = torch.arange(len(mine)).split(len(mine) // args.steps_per_epoch)
         for rows in tqdm(shares, desc="train", leave=False):
-            share = [t[rows[::K] // K] for t in cond]
+            share_cond = [t[rows[::K] // K] for t in cond]
             for i in torch.randperm(args.rollout_steps, generator=generator, device=device)[:T]:
                 noise = torch.randn(N // args.steps_per_epoch, *shape, generator=generator, device=device)
-                noise = noise[mine[rows] % len(noise)]
                 totals[:5] += accumulate_gradients(
-                    transformer, layers, x0[rows], noise, sigmas[i], share, uncond, targets[rows],
-                    normalized_reward[rows], 1 / T, args)
+                    transformer, layers, x0[rows], noise[mine[:len(rows)]], sigmas[i], share_cond, uncond,
+                    targets[rows], normalized_reward[rows], 1 / T, args)
             rewards.average_over_processes([p.grad for p in parameters])
             totals[5] += nn.utils.clip_grad_norm_(parameters, 1.0).cpu()
             if not totals.isfinite().all():
@@ -393,9 +393,9 @@ def train(args):
         seconds = [end - begin for begin, end in itertools.pairwise(clock)]
         for key, more in {"epoch": 1, "prompts": args.groups, "images": N, "seconds": sum(seconds)}.items():
             progress[key] += more
-        loss, centered_loss, anchor, rho, spread, grad_norm = (totals / args.steps_per_epoch).tolist()
+        loss, centered_loss, anchor, rho, variance, grad_norm = (totals / args.steps_per_epoch).tolist()
         values = dict(loss=loss, centered_loss=centered_loss, anchor=anchor, grad_norm=grad_norm, rho=rho)
-        values["rho_std"] = spread**0.5  # within a group: what there is to regress on the reward
+        values["rho_std"] = variance**0.5  # within a group
         rewards.log_epoch(folder, args, progress, R, parts, values, seconds, device)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             evaluate()
@@ -505,7 +505,7 @@ def load_lora(path, layers, adapter="policy", prefix="transformer"):
 class Checkpoint(torch.autograd.Function):
     """Run a block and keep only its inputs; run it again when its gradient is asked for.
 
-    (Chen et al. 2016, arXiv 1604.06174.) Memory for activations falls from all blocks to one, for one more
+    (Chen et al. 2016, arXiv 1604.06174.) Memory for activations falls from all blocks to one, for one extra
     forward. `tensors` are the block's `count` inputs, then its trainable parameters: autograd sees both.
     """
 
@@ -627,7 +627,7 @@ def save(folder, layers, optimizer, generator, progress, prefix="transformer"):
 
 
 def restore(folder, layers, optimizer, generator, progress, args):
-    """The reverse of `save`. Lines of metrics.jsonl that training will write again go."""
+    """The reverse of `save`. Drops the lines of metrics.jsonl that training will write again."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     for name, layer in layers.items():
         layer.load_state_dict(state["adapters"][name], strict=False)  # the frozen base is not in it
@@ -667,6 +667,7 @@ def parse(argv=None):
         preset = given.get("preset", source if source in PRESETS else "geneval")
         defaults = {**PRESETS[preset], "preset": preset}
     args = Settings(**{**defaults, **given})
+    rewards.check_counts(args)
     task = [given[key] for key in ("preset", "reward") if key in given] or [args.reward]
     args.name = args.name or re.sub(r"[^\w.-]+", "-", "-".join(["crd", *task, f"seed{args.seed}"]))
     for wrong, message in (

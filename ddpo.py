@@ -6,15 +6,16 @@ sampler as a policy. Denoising is a Markov decision process of T steps,
     state (c, t, x_t)        action x_{t-1}        reward r(x_0, c) after the last step, 0 before it
 
 and the policy is the sampler's own step, a Gaussian: p(x_{t-1} | x_t, c) = N(mean(x_t, t, c), std_t^2). An
-image's likelihood is intractable; that of each step is exact, and suffices. Up to a constant factor,
+image's likelihood is intractable; that of each step is exact, and suffices. Up to a factor per prompt,
 
     grad E[r] = E_p[ sum_t A grad log p(x_{t-1} | x_t, c) ]             the score function estimator, `sf`
               ~ E_old[ sum_t A grad (p / p_old)(x_{t-1} | x_t, c) ]     importance sampling, `is`
 
 A is the advantage: the reward less the prompt's mean, over its standard deviation. p_old, the policy at the
-start of the epoch, draws the images. `sf` holds while that still is the policy, so it allows one update; `is`
-weighs a step by how much likelier it has become, and allows several. Clipping, as in PPO, stops what pushes a
-ratio further from 1. No gradient passes through the chain: memory does not grow with T. The loop, in `train`:
+start of the epoch, draws the images. `sf` is exact only while that is the policy, so it allows one update;
+`is` weighs a step by how much likelier it has become, and allows several. Clipping, as in PPO, stops what
+pushes a ratio further from 1. No gradient passes through the chain: activations are held for one step at a
+time. The loop, in `train`:
 
     for each epoch:
         draw images by stochastic steps; keep their states and log p_old of each step                (rollout)
@@ -75,7 +76,7 @@ class Settings:
     images: Annotated[int, "images per epoch"] = 256
     group_size: Annotated[int, "images per prompt in an epoch (1: each image draws its own)"] = 1
     steps: Annotated[int | None, "denoising steps; by default 50, or 10 for Stable Diffusion 3"] = None
-    random_steps: Annotated[int | None, "first steps, with noise; by default all (SD 3: but one)"] = None
+    random_steps: Annotated[int | None, "first steps, with noise; by default all (SD 3: but the last)"] = None
     guidance: Annotated[float | None, "guidance, in training, too; by default 5, or 4.5 for SD 3"] = None
     eta: Annotated[float, "noise of DDIM's step (Stable Diffusion 1.x)"] = 1.0
     noise_level: Annotated[float, "noise of the flow's SDE step (Stable Diffusion 3)"] = 0.7
@@ -90,14 +91,14 @@ class Settings:
     stat_min: Annotated[int, "with fewer rewards than this, all of the epoch's stand in"] = 16
     temperature: Annotated[float, "rwr: weights are softmax(advantage / temperature)"] = 0.2
     keep: Annotated[float, "rwr-sparse: share of the images that is trained on"] = 0.1
-    train_timesteps: Annotated[int | None, "random steps per update; by default all (rwr: noises)"] = None
+    train_timesteps: Annotated[int | None, "random steps per update, by default all (rwr: noisings)"] = None
     # optimisation
     epochs: Annotated[int, "epochs in all (0: only evaluate)"] = 100
     lr: Annotated[float, "AdamW learning rate"] = 3e-4
     weight_decay: Annotated[float, "AdamW weight decay"] = 1e-4
     ema: Annotated[float, "decay per step of the average that is evaluated and saved"] = 0.9
     grad_checkpoint: Annotated[bool, "recompute blocks in the backward pass, to save memory"] = True
-    compile: Annotated[bool, "torch.compile each block (first_ratio_error must stay 0)"] = False
+    compile: Annotated[bool, "torch.compile each block (see that first_ratio_error stays 0)"] = False
     # run
     name: Annotated[str | None, "the run's folder is runs/NAME; by default preset, reward and seed"] = None
     seed: Annotated[int, "fixes the whole run on one device"] = 0
@@ -195,8 +196,9 @@ def sample_ode(velocity, noise, sigmas, order=2):
     for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         D = x0 = x - s * velocity(x, s)
         if order == 2 and i > 0:
-            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])  # 0 after sigma = 1
-            D = x0 + ratio / 2 * (x0 - before) if ratio <= 2 else x0
+            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+            if ratio <= 2:  # 0 after sigma = 1, infinite before 0
+                D = x0 + ratio / 2 * (x0 - before)
         x = D + t / s * (x - D)
         before = x0
     return x
@@ -214,7 +216,7 @@ class PromptStatistics:
 
     def advantages(self, prompts, rewards, clip=5.0):
         """prompts: N str; rewards (N,), remembered from now on. Returns (N,), within plus and minus clip."""
-        rewards = rewards.double()  # or the rounding of a mean, over a deviation of 0, would count
+        rewards = rewards.double()  # else rounding gives equal rewards an advantage
         for prompt, reward in zip(prompts, rewards.tolist()):
             self.rewards[prompt] = [*self.rewards.get(prompt, []), reward][-self.buffer:]
         known = [self.rewards[prompt] for prompt in prompts]
@@ -232,8 +234,8 @@ def score_function_loss(log_prob, advantages):
 def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
     """mean max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)), ratio = p / p_old. All (B,).
 
-    (Black et al. 2023, sec. 4.3, DDPO_IS, clipped as in PPO, arXiv 1707.06347, eq. 7.) Where the ratio has
-    gone the advantage's way by more than clip, there is no gradient left to go further.
+    (Black et al. 2023, sec. 4.3, DDPO_IS, clipped as in PPO, arXiv 1707.06347, eq. 7.) A ratio that
+    has moved by more than clip in the advantage's direction has no gradient.
     """
     ratio = torch.exp(log_prob - old_log_prob)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
@@ -268,12 +270,12 @@ def guided(family, x, i, cond, uncond, guidance):
 
 @torch.no_grad()
 def rollout(family, noise, cond, uncond, shares, args, generator=None, mine=None):
-    """Draw images from x_T = noise (N, C, h, w) and N rows of cond, in the batches that each update has, too.
+    """Draw images from x_T = noise (N, C, h, w) and N rows of cond, in the batches of the updates.
 
-    The first R = args.random_steps have noise. The others have none, hence no log-probability: the gradient
-    takes them for a part of the environment. Returns x_0 (N, C, h, w); the states from x_T on of the random
-    steps (N, R + 1, C, h, w), on the CPU if over a quarter of the GPU's free memory; and log p (N, R). Only
-    rows of `mine`, where given, are drawn; the batches of other processes are left empty.
+    The first R = args.random_steps steps have noise. The others have none, hence no log-probability: to the
+    gradient they are a part of the environment. Returns x_0 (N, C, h, w); the states from x_T on of the
+    random steps (N, R + 1, C, h, w), on the CPU if over a quarter of the GPU's free memory; and log p (N, R).
+    Only rows of `mine`, where given, are drawn; the batches of other processes are left empty.
     """
     R, x0 = args.random_steps, torch.empty_like(noise)
     large = noise.is_cuda and 4 * (R + 1) * noise.numel() > torch.cuda.mem_get_info(noise.device)[0] / 4
@@ -367,12 +369,13 @@ def train(args):
     shape = network.config.in_channels, args.height // scale, args.width // scale  # of an image's latents
 
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # for all but LoRA, prompts, evaluations
+    generator = torch.Generator(device).manual_seed(args.seed)  # not for LoRA, prompts, evaluations
     held_out_cond, uncond = encode(family, held_out), encode(family, [""])
     adapters = "policy", "ema"  # one learns, the other is its moving average, which is judged and saved
     layers = add_lora(network, family.target_modules, args.rank, args.alpha, adapters)
-    for adapter in adapters if args.lora else ():
-        load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter, family.prefix)
+    if args.lora:
+        for adapter in adapters:
+            load_lora(Path(args.lora, "pytorch_lora_weights.safetensors"), layers, adapter, family.prefix)
     blocks = [module for module in network.modules() if type(module).__name__ in family.blocks]
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each kind of block, in each of its uses
@@ -570,7 +573,7 @@ def load_lora(path, layers, adapter="policy", prefix="transformer"):
 class Checkpoint(torch.autograd.Function):
     """Run a block and keep only its inputs; run it again when its gradient is asked for.
 
-    (Chen et al. 2016, arXiv 1604.06174.) Memory for activations falls from all blocks to one, for one more
+    (Chen et al. 2016, arXiv 1604.06174.) Memory for activations falls from all blocks to one, for one extra
     forward. `tensors` are the block's `count` inputs, then its trainable parameters: autograd sees both.
     """
 
@@ -616,9 +619,9 @@ def checkpoint_blocks(blocks, layers):
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: a UNet that predicts the noise, or v, and the step of DDIM.
 
-    A family says what the network predicts for x (B, C, h, w), in float32; how a step is taken, and its
-    log-probability (B,), where `noise` scales eta or noise_level; and, for the two baselines, how an image is
-    noised and what should be predicted for it. `i`, an int or (B,), counts the sampler's steps from 0.
+    A family has `predict`, what the network says of x (B, C, h, w), in float32; `step`, which returns x_prev
+    and log_prob (B,), `noise` scaling eta or noise_level; and for the two baselines `add_noise`, a noised
+    image and what should be predicted for it. `i`, an int or (B,), counts the sampler's steps from 0.
     """
 
     prefix, target_modules = "unet", ("to_q", "to_k", "to_v", "to_out.0")
@@ -723,7 +726,9 @@ def fill_in(args, family):
              f"--images must be a multiple of --updates ({args.updates}) and of --group-size"),
             (sf and args.updates > 1, "--algorithm sf needs --updates 1; --algorithm is takes several"),
             (args.random_steps > steps or args.train_timesteps > random_steps and not regression,
-             f"--train-timesteps are drawn from the {random_steps} of --random-steps, the first of {steps}"),
+             f"needed: --train-timesteps <= --random-steps ({args.random_steps}) <= --steps ({steps})"),
+            (not regression and 0 in (args.eta, args.noise_level),
+             "--eta 0 or --noise-level 0: a step without noise has no log-probability to train on"),
             (args.stat_min > args.stat_buffer, "--stat-min exceeds --stat-buffer")):
         if wrong:
             raise ValueError(message)
@@ -761,7 +766,7 @@ def save(folder, layers, optimizer, generator, progress, prefix="transformer"):
 
 
 def restore(folder, layers, optimizer, generator, progress, args):
-    """The reverse of `save`. Lines of metrics.jsonl that training will write again go."""
+    """The reverse of `save`. Drops the lines of metrics.jsonl that training will write again."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     for name, layer in layers.items():
         layer.load_state_dict(state["adapters"][name], strict=False)  # the frozen base is not in it
@@ -769,7 +774,7 @@ def restore(folder, layers, optimizer, generator, progress, args):
     optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)  # flags may differ
     generator.set_state(state["rng"])
     if state["progress"]["best_by"] != progress["best_by"]:  # another measure starts a best of its own
-        state["progress"].update(best=-math.inf, best_by=progress["best_by"])
+        state["progress"].update(best=-math.inf, best_by=progress["best_by"], statistics={})
     progress.update(state["progress"])
     if args.epochs:
         rewards.rewind_metrics(folder.parent, progress["epoch"])
@@ -800,6 +805,7 @@ def parse(argv=None):
         preset = given.get("preset", by_reward.get(given.get("reward", Settings.reward)))
         defaults = {**PRESETS.get(preset, {}), "preset": preset}
     args = Settings(**{**defaults, **given})
+    rewards.check_counts(args)
     task = [given[key] for key in ("preset", "reward") if key in given] or [args.reward]
     task += [args.algorithm, f"seed{args.seed}"]
     args.name = args.name or re.sub(r"[^\w.-]+", "-", "-".join(["ddpo", *task]))

@@ -71,7 +71,7 @@ class Reward:
                 raise ValueError(f"{entry.get('where', f'prompt {i}')}: the reward {self.name} {objection}")
 
     def measure(self, images, prompts, metadata):
-        """Scores (B,), list or tensor. A subclass has this, or measure_batch(images, prompts) of `batch`."""
+        """Scores (B,), list or tensor. Override this, or measure_batch for up to `batch` images."""
         parts = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
         return torch.cat([torch.as_tensor(self.measure_batch(images[part], prompts[part])) for part in parts])
 
@@ -128,7 +128,7 @@ class Incompressibility(Reward):
     name, range, sign = "incompressibility", (0.6, 200.0), 1  # at 512 px: a JPEG's header, and a busy picture
 
     def measure(self, images, prompts, metadata):
-        lo, hi = Incompressibility.range  # a picture scaled down keeps its detail in fewer pixels: the power
+        lo, hi = Incompressibility.range  # size falls more slowly than area: the power
         hi = lo + (hi - lo) * (images[0].width * images[0].height / 512 ** 2) ** 0.9
         self.range = (lo, hi) if self.sign > 0 else (-hi, -lo)
         files = [io.BytesIO() for _ in images]
@@ -720,11 +720,12 @@ Text Caption: [{prompt}]"""
     def measure_batch(self, images, prompts):
         questions = [self.question.format(prompt=prompt) for prompt in prompts]
         marks = [final_score(reply) for reply in self.ask(images, questions)]
-        for i in (i for i, mark in enumerate(marks) if mark is None):
-            reply, = self.ask([images[i]], [questions[i] + self.again])
-            marks[i] = final_score(reply)
-            if marks[i] is None:
-                raise ValueError(f"no mark of 1 to 5 after 'Final Score:' in its second reply, {reply!r}")
+        for i, mark in enumerate(marks):
+            if mark is None:
+                reply, = self.ask([images[i]], [questions[i] + self.again])
+                marks[i] = final_score(reply)
+                if marks[i] is None:
+                    raise ValueError(f"no mark of 1 to 5 after 'Final Score:' in its second reply, {reply!r}")
         return marks
 
 
@@ -793,7 +794,7 @@ class GenEval(Reward):
         return [partial_credit(objects, entry) for objects, entry in zip(everything, metadata)]
 
     def detect(self, images, tags):
-        """A dict {class: [Found, best first]} for each picture, surer ones where they are to be counted."""
+        """A dict {class: [Found, best first]} for each picture, with a higher threshold for counting."""
         stats = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
         ratios = [min(self.shortest / min(image.size), self.longest / max(image.size)) for image in images]
         sizes = [multiples_of_32(x.height * ratio, x.width * ratio) for x, ratio in zip(images, ratios)]
@@ -830,7 +831,7 @@ def detector_class():
     return Detector
 
 
-def instances(class_logits, mask_logits, size, threshold, most=16):
+def instances(class_logits, mask_logits, size, threshold):
     """{class: [Found, best first]} from Mask2Former's class_logits (Q, 81), the last for no object, and
     mask_logits (Q, h, w), at `size` (height, width). A query may have several classes (arXiv 2112.01527)."""
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
@@ -847,7 +848,7 @@ def instances(class_logits, mask_logits, size, threshold, most=16):
         box = Image.fromarray(mask.numpy()).getbbox()  # None of an empty mask
         if box and scores[i] > threshold:
             objects.setdefault(CLASSES[index[i] % classes], []).append(Found(scores[i].item(), box, mask))
-    return {name: own[:most] for name, own in objects.items()}
+    return {name: own[:16] for name, own in objects.items()}  # as in the benchmark
 
 
 def relations(a, b):
@@ -873,7 +874,7 @@ def as_asked(objects, entry):
 
 
 def placed(found, want, groups):
-    """Whether each object is where `want` has it, if anywhere, of an earlier group that was as asked."""
+    """Whether each object has the position of `want`, if any, relative to an earlier group, right itself."""
     if "position" not in want:
         return True
     relation, target = want["position"]
@@ -885,7 +886,7 @@ def partial_credit(objects, entry):
     """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025). A count n
     gets 1 - |n - found| / n, below 0 for more than twice as many; a color the same with the objects of that
     color; a position 1 or 0, judged where the color is right. Where the count is wrong, color and position
-    get one 0 in all. (In github.com/yifan123/reward-server a 1 follows a wrong position's 0.)"""
+    share one 0. (In github.com/yifan123/reward-server a 1 follows a wrong position's 0.)"""
     credit, groups = [], []
     for want in entry["include"]:
         found, n = objects.get(want["class"], []), want["count"]
@@ -915,9 +916,9 @@ def malformed(entry):
             return f"{want!r} has no count"
         if want.get("color", "red") not in COLORS:
             return f"{want['color']!r} is none of its colors, {', '.join(COLORS)}"
-        position = want.get("position")
-        if position and (len(position) != 2 or position[0] not in RELATIONS or position[1] not in range(i)):
-            return f"{position!r} is no position relative to an object before it"
+        places = [[relation, before] for relation in RELATIONS for before in range(i)]
+        if "position" in want and want["position"] not in places:
+            return f"{want['position']!r} is no position relative to an object before it"
 
 
 REWARDS = {kind.name: kind for kind in (OCR, Color, Compressibility, Incompressibility, CLIPScore, PickScore,
@@ -956,7 +957,7 @@ def read_prompt_file(path):
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts {str(path)!r}: neither {', '.join(PROMPTS)} nor a .txt or .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as cause:
         raise ValueError(f"cannot read the prompts in {path}: {getattr(cause, 'strerror', cause)}") from cause
     for number, line in enumerate(lines, 1):
@@ -971,8 +972,6 @@ def read_prompt_file(path):
         if not prompt:
             raise ValueError(f"{where}: the prompt is blank")
         pairs.append((prompt, {**entry, "where": where}))
-    if not pairs:
-        raise ValueError(f"{path} holds no prompt")
     return pairs
 
 
@@ -1064,13 +1063,21 @@ def chosen(texts, split, rng, words=str):
         yield words(rng.choice(own))
 
 
-# DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those at what no photograph shows.
+# DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those with an activity.
 DOING = [f"{phrase(animal)} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
 PROMPTS = {"ocr": text_prompts, "signs": sign_prompts, "animals": partial(chosen, ANIMALS, words=phrase),
            "activities": partial(chosen, DOING), "geneval": geneval_prompts}
 
 
 # What a run asks for, and what it shows
+
+def check_counts(args):
+    """ValueError for a whole number of the settings below 1, or below 0 for --epochs and --seed."""
+    for key, value in vars(args).items():
+        least = 0 if key in ("epochs", "seed") else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"--{key.replace('_', '-')} {value}: give at least {least}")
+
 
 def open_run(args):
     """Where a run of `args` writes and computes, (folder, device); --dtype auto is decided. ValueError."""
@@ -1135,14 +1142,14 @@ def load_task(args, device):
     """(reward, judge, training pairs, held-out prompts, their metadata). The judge has the --eval-rewards not
     trained on, or is None. ValueError or OSError, of one line, for what cannot be loaded or scored."""
     source = args.prompts or default_prompts(args.reward)
-    stream, held_out = (prompts(source, split, args.seed) for split in ("train", "eval"))
+    stream = prompts(source, "train", args.seed)
     texts, metadata = zip(*(read_prompt_file(args.eval_prompts) if args.eval_prompts else
-                            islice(cycle(held_out), args.eval_images)))
+                            islice(cycle(prompts(source, "eval", 0)), args.eval_images)))
     reward, trained = load(args.reward, device, args.reward_batch), parse_spec(args.reward)
     unseen = [head for head in parse_spec(args.eval_rewards or args.reward) if head not in trained]
     judge = load(",".join(unseen), device, args.reward_batch) if unseen else None
-    if args.epochs:  # of a generator the held-out prompts stand for all
-        reward.check(*zip(*(held_out if source in PROMPTS else read_prompt_file(source))))
+    if args.epochs:  # a generator is checked on its held-out prompts
+        reward.check(*zip(*(prompts(source, "eval", 0) if source in PROMPTS else read_prompt_file(source))))
     for scorer in filter(None, (reward, judge)):
         scorer.check(texts, metadata)
     return reward, judge, stream, texts, metadata
@@ -1152,12 +1159,14 @@ def choose_dtype(device):
     """--dtype auto: "bf16" where a GPU has it, or a CPU is at least 1.5 times as fast in it; else "fp32"."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
     times = {torch.float32: [], torch.bfloat16: []}
-    for dtype in [*times] * 8 if device.type == "cpu" else ():  # in turn: other programs disturb both alike
+    for dtype in [*times] * 8:  # in turn: other programs disturb both alike
         a, start = torch.ones(512, 512, dtype=dtype), time.perf_counter()
         a @ a
         times[dtype].append(time.perf_counter() - start)
-    slow, fast = (min(own, default=1.0) for own in times.values())
+    slow, fast = map(min, times.values())
     return "bf16" if slow > 1.5 * fast else "fp32"
 
 
@@ -1186,13 +1195,13 @@ def last_words(error, args):
 
 def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     """Score held-out images, log and show them; returns the trained reward's mean. In the curve each unseen
-    reward's range is stretched to the trained one's. A mere look, --resume DIR --epochs 0, is a `test`."""
+    reward's range is stretched to the trained one's. --resume DIR --epochs 0 logs as `test`."""
     R, parts = reward.score(images, prompts, metadata)
     unseen = judge.score(images, prompts, metadata)[1] if judge else {}
-    unseen = {name + " (unseen)" * (name in parts): scores for name, scores in unseen.items()}
-    parts |= unseen
-    tables = reward.tables() | (judge.tables() if judge else {})
-    tables = {f"{name} details": rows for name, rows in tables.items()}
+    labels = {name: name + " (unseen)" * (name in parts) for name in unseen}
+    parts |= {labels[name]: scores for name, scores in unseen.items()}
+    tables = {f"{name} details": rows for name, rows in reward.tables().items()}
+    tables |= {f"{labels[name]} details": rows for name, rows in (judge.tables() if judge else {}).items()}
     epoch, look = progress["epoch"], args.resume and not args.epochs
     log(folder, args, progress, "test" if look else "eval", epoch, R, parts, tables)
     others = "".join(f"  {name} {scores.mean():.4f}" for name, scores in parts.items() if name != reward.name)
@@ -1204,7 +1213,7 @@ def evaluate(folder, args, progress, reward, judge, images, prompts, metadata):
     if not look:
         curves = {split: [reward_curve(folder, split)] for split in ("train", "eval")}
         for _, part in getattr(judge, "parts", [(1, judge)] if judge else []):
-            name = part.name + " (unseen)" * (part.name not in unseen)
+            name = labels[part.name]
             points = reward_curve(folder, "eval", name)
             lo, hi = (f([*part.range, *(y for _, y in points)]) for f in (min, max))
             low, high = reward.range

@@ -974,6 +974,7 @@ def test_genevals_table(small):
     (entry("colors", want("cat", color="mauve")), "'mauve' is none of its colors, red, "),
     (entry("position", want("cat", position=["left of", 0])), "no position relative to"),
     (entry("position", want("dog"), want("cat", position=["near", 0])), "no position"),
+    (entry("position", want("dog"), want("cat", position=5)), "5 is no position"),
     (entry("counting", want("cat"), exclude=[want("cats", 2)]), "names no class")])
 def test_a_prompt_without_genevals_metadata_is_refused(small, asked, message):
     reward = small("geneval")
@@ -1097,8 +1098,10 @@ MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     ("--prompts blank.txt", "blank.txt, line 2: the prompt is blank"),
     ("--prompts value.jsonl", "value.jsonl, line 2: not JSON"),
     ("--prompts key.jsonl", 'key.jsonl, line 2: needs an object with .*"prompt"'),
+    ("--eval-every 0", "--eval-every 0: give at least 1"), ("--seed -1", "--seed -1: give at least 0"),
     ("--prompts one.txt", "one.txt has no prompt for the split"),
-    ("--prompts empty.txt", "empty.txt holds no prompt"), ("--prompts a.csv", "neither .*signs.* nor a .txt"),
+    ("--prompts empty.txt", "empty.txt, line 1: the prompt is blank"),
+    ("--prompts a.csv", "neither .*signs.* nor a .txt"),
     (f"--prompts animals --reward ocr@{TINY}", "prompt generator animals: the reward ocr needs"),
     *((f"{flags}@{TINY}", "draw.txt, line 2: the reward ocr needs .* between double quotes") for flags in (
         "--prompts draw.txt --reward ocr", "--eval-prompts draw.txt --epochs 0 --reward ocr",
@@ -1109,8 +1112,9 @@ MISTAKES = [*((script, *mistake) for script in (crd, ddpo) for mistake in (
     (ddpo, "--model .", "a FluxPipeline, none of StableDiffusionPipeline"),
     (ddpo, "--algorithm sf --updates 2", "--algorithm is takes several"),
     (ddpo, "--images 10", "--images .*--updates .4"), (ddpo, "--images 12", "--images .*--group-size"),
-    (ddpo, "--stat-min 40", "--stat-min.* --stat-buffer"), (ddpo, "--random-steps 11", "of --random-steps"),
-    (ddpo, "--train-timesteps 11", "--train-timesteps .* 3 of --random-steps, the first of 10")]
+    (ddpo, "--stat-min 40", "--stat-min.* --stat-buffer"), (ddpo, "--random-steps 11", "--random-steps .11."),
+    (ddpo, "--train-timesteps 4", "--train-timesteps <= --random-steps .3. <= --steps .10."),
+    (ddpo, "--noise-level 0", "no log-probability")]
 FILES = {"blank.txt": "one\n\nthree", "value.jsonl": '{"prompt": "one"}\n{"prompt": }', "empty.txt": "",
          "key.jsonl": '{"prompt": "one"}\n{"text": "two"}', "one.txt": "just one", "a.csv": "one",
          "draw.txt": 'a sign that says "one"\na sign\n' + "".join(f'the word "{i}"\n' for i in range(20)),
@@ -1311,6 +1315,9 @@ def test_a_finished_run_can_be_extended(run, copied, change):
     extended = run(copied, "x", 2, **change)
     assert state(extended)["progress"]["best"] == (metrics(extended)[-1]["reward"] if change else 1e9)
     assert (state(extended, "best")["progress"]["epoch"] == 2) == bool(change)
+    if copied is ddpo:  # rewards of another kind would be compared with those remembered
+        remembered = [len(own) for own in state(extended)["progress"]["statistics"].values()]
+        assert sum(remembered) == (4 if change else 8)
 
 
 @in_both
