@@ -631,12 +631,12 @@ class StableDiffusion:
     def __init__(self, pipe, args, device):
         from diffusers import DDIMScheduler
         self.pipe, self.network, self.args, self.text_options = pipe, pipe.unet, args, {}
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        self.scheduler = scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(args.steps)
         self.t = scheduler.timesteps.to(device)
-        if self.t[-1] == 0 or pipe.scheduler.config.get("clip_sample"):
-            raise ValueError(f"{args.model}: its scheduler needs steps_offset 1 (else the last step has no "
-                             "noise, hence no log-probability) and no clip_sample (ddim_step does not clip)")
+        if self.t[-1] == 0:
+            raise ValueError(f"{args.model}: its scheduler ends at timestep 0, a step without noise, hence "
+                             "without log-probability: it needs another timestep_spacing than linspace")
         self.t_prev = self.t - scheduler.config.num_train_timesteps // args.steps
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
         self.prediction_type = scheduler.config.prediction_type
@@ -649,9 +649,9 @@ class StableDiffusion:
                          prev, self.prediction_type, generator)
 
     def add_noise(self, x0, noise, i):
-        alpha = self.alphas_cumprod[self.t[i]].view(-1, 1, 1, 1)
-        a, b = alpha.sqrt(), (1 - alpha).sqrt()
-        return a * x0 + b * noise, noise if self.prediction_type == "epsilon" else a * noise - b * x0
+        scheduler, t = self.scheduler, self.t[i]
+        target = noise if self.prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
+        return scheduler.add_noise(x0, noise, t), target
 
 
 class StableDiffusion3:

@@ -1664,24 +1664,24 @@ def test_an_ode_ends_the_walk(tiny_sd1, model):
 
 
 @parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_baselines_noise_images_as_the_scheduler_does(tiny_sd1, prediction_type):
-    """x_t and target are diffusers'. A flow's lie on the straight path to noise, in both scripts."""
+def test_the_baselines_noise_images_to_the_samplers_levels(tiny_sd1, prediction_type):
+    """A UNet's variance is preserved; a flow's images lie on the straight path to noise, in both scripts."""
     x0, noise, i = *velocities(2)[:2].float(), torch.tensor([1, 3])
-    family, scheduler = family_with_lora(tiny_sd1)[1], ddim_scheduler(prediction_type, 4)
-    family.prediction_type, t = prediction_type, scheduler.timesteps[i]
-    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
-    assert_close(family.add_noise(x0, noise, i), (scheduler.add_noise(x0, noise, t), target))
+    family = family_with_lora(tiny_sd1)[1]
+    family.prediction_type, alpha = prediction_type, family.alphas_cumprod[family.t[i]].view(-1, 1, 1, 1)
+    a, b = alpha.sqrt(), (1 - alpha).sqrt()
+    target = noise if prediction_type == "epsilon" else a * noise - b * x0
+    assert_close(family.add_noise(x0, noise, i), (a * x0 + b * noise, target))
     flow = family_with_lora({})[1]
     x, u = flow.add_noise(x0, noise, i)
     assert_close((x, u), (x0 + flow.sigmas[i].view(-1, 1, 1, 1) * u, noise - x0))
     assert_close(x, crd.add_noise(x0, noise, flow.sigmas[i]))
 
 
-@parametrize("change", [dict(clip_sample=True), dict(steps_offset=0)])
-def test_schedulers_that_the_step_does_not_follow_are_refused(tiny_sd1, change):
+def test_a_scheduler_whose_last_step_has_no_noise_is_refused(tiny_sd1):
     family = ddpo.load_family(short(ddpo, **tiny_sd1), CPU)
-    family.pipe.scheduler.register_to_config(**change)
-    with pytest.raises(ValueError, match="needs steps_offset 1 .* and no clip_sample"):
+    family.pipe.scheduler.register_to_config(timestep_spacing="linspace")
+    with pytest.raises(ValueError, match="ends at timestep 0"):
         ddpo.StableDiffusion(family.pipe, family.args, CPU)
 
 
