@@ -120,7 +120,7 @@ PRESETS = {
     # The clip is for log-probabilities averaged over 2,048 latents here, and over 16,384 in the paper.
     "tiny": dict(model=str(TINY), reward=f"ocr@{TINY}", prompts="signs", height=32, width=64, device="cpu",
                  max_sequence_length=1, images=192, group_size=8, stat_min=8, guidance=1.0, random_steps=3,
-                 clip=1e-3, micro_batch=96, decode_batch=96, lr=6e-4, epochs=60, grad_checkpoint=False,
+                 clip=1e-3, micro_batch=96, decode_batch=96, lr=6e-4, ema=0.97, epochs=60, grad_checkpoint=False,
                  eval_images=512, eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color"),
 }
 
