@@ -290,7 +290,7 @@ def train(args):
     folder, device = rewards.open_run(args)
     process, world_size = rewards.processes()
     if args.groups % (args.steps_per_epoch * world_size):
-        raise ValueError(f"--groups must be a multiple of --steps-per-epoch times the {world_size} processes")
+        raise ValueError(f"--groups must be a multiple of --steps-per-epoch x processes (here {world_size})")
     reward, judge, stream, held_out, held_out_metadata = rewards.load_task(args, device)
     pipe = load_pipeline(args, device)
     transformer, scale = pipe.transformer, pipe.vae_scale_factor
@@ -671,7 +671,6 @@ def parse(argv=None):
     task = [given[key] for key in ("preset", "reward") if key in given] or [args.reward]
     args.name = args.name or re.sub(r"[^\w.-]+", "-", "-".join(["crd", *task, f"seed{args.seed}"]))
     for wrong, message in (
-            (args.groups % args.steps_per_epoch, "--groups must be a multiple of --steps-per-epoch"),
             ((args.train_timesteps or 1) > args.rollout_steps, "--train-timesteps exceeds --rollout-steps"),
             (args.reward_weight and args.group_size < 2, "--group-size 1: an image alone is its own mean"),
             (not (args.reward_weight or args.anchor), "--reward-weight 0 --anchor 0: nothing to learn from")):

@@ -1363,7 +1363,8 @@ def test_unseen_rewards_are_logged_side_by_side(run, script, monkeypatch, capsys
     """Under their own names at every evaluation, with a benchmark's details, as are the parts of a sum. They
     are never trained on; what is trained on anyway is not scored twice."""
     table = {"counting": 0.5, "overall": 0.75}
-    monkeypatch.setattr(rewards.Incompressibility, "details", table)
+    for kind in (rewards.Incompressibility, rewards.OCR):
+        monkeypatch.setattr(kind, "details", table)
     Path("drawn.txt").write_text('a red "cube"\na blue "cube"\n"three" dogs\n')
     folder = run(script, "seen", 1, reward=f"compressibility:2,ocr@{TINY}", eval_prompts="drawn.txt",
                  eval_rewards=f"compressibility,incompressibility,ocr@{TINY}/judge")
@@ -1371,7 +1372,8 @@ def test_unseen_rewards_are_logged_side_by_side(run, script, monkeypatch, capsys
     for line in (before, after):
         assert line["reward"] == pytest.approx(2 * line["compressibility"] + line["ocr"])
         assert line["compressibility"] == -line["incompressibility"] and 0 <= line["ocr (unseen)"] <= 1
-        assert line["compressibility details"] == line["incompressibility details"] == table
+        for name in ("compressibility", "incompressibility", "ocr", "ocr (unseen)"):
+            assert line[f"{name} details"] == table
     assert "compressibility details: counting 0.500  overall 0.750" in capsys.readouterr().out
     assert train.keys().isdisjoint(("ocr (unseen)", "incompressibility")) and "ocr" in train
 
