@@ -634,8 +634,9 @@ def restore(folder, layers, optimizer, generator, progress, args):
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)  # flags may differ
     generator.set_state(state["rng"])
-    if state["progress"]["best_by"] != progress["best_by"]:  # another measure starts a best of its own
-        state["progress"].update(best=-math.inf, best_by=progress["best_by"])
+    if state["progress"]["best_by"] != progress["best_by"]:  # another measure: these start anew
+        fresh = progress.keys() & {"best", "best_by", "statistics"}
+        state["progress"].update({key: progress[key] for key in fresh})
     progress.update(state["progress"])
     if args.epochs:
         rewards.rewind_metrics(folder.parent, progress["epoch"])
