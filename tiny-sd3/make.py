@@ -18,7 +18,6 @@ reinforcement learning something to do. Words held out for evaluation (`rewards.
 """
 
 import argparse
-import functools
 import json
 import math
 import random
@@ -105,14 +104,9 @@ def warm_up_then_decay(optimizer, steps, warm_up):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
 
 
-@functools.cache
-def precision():
-    return rewards.choose_dtype(torch.device(DEVICE))
-
-
 def autocast():
-    """bf16 where it is fast, as --dtype auto has it; else float32."""
-    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision() == "bf16")
+    """bf16 on a GPU, else float32."""
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=DEVICE == "cuda")
 
 
 # -------------------------------------------------------------------------------------------- the image model
