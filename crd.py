@@ -37,6 +37,7 @@ import contextlib
 import itertools
 import json
 import math
+import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -499,8 +500,6 @@ def train(args):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []
-    generator = torch.Generator(device).manual_seed(args.seed)
-    stream = rewards.prompts(source, "train", args.seed)
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         pipe.transformer.load_state_dict(state["adapters"], strict=False)
@@ -508,8 +507,6 @@ def train(args):
         progress = state["progress"]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
-        generator.set_state(state["rng"])
-        stream = itertools.islice(stream, progress["epoch"] * args.groups, None)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
@@ -547,9 +544,11 @@ def train(args):
     epochs = range(progress["epoch"], args.epochs)
     for epoch in tqdm(epochs, folder.name, args.epochs, initial=epochs.start):
         clock = [time.perf_counter()]
+        seed = random.Random(f"{args.seed} {epoch}").getrandbits(63)
+        generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Roll out: K images of each prompt with `sampler`, without guidance.
-        pairs = list(itertools.islice(stream, args.groups))
+        pairs = list(itertools.islice(rewards.prompts(source, "train", seed), args.groups))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0 = generate(
@@ -614,7 +613,6 @@ def train(args):
         tensors = pipe.transformer.state_dict()
         adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
         state = {"adapters": adapters, "optimizer": optimizer.state_dict(), "progress": progress}
-        state["rng"] = generator.get_state()
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
     return folder

@@ -35,6 +35,7 @@ import contextlib
 import itertools
 import json
 import math
+import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -582,8 +583,6 @@ def train(args):
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []
     statistics = PromptStatistics(args.stat_buffer, args.stat_min)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    stream = rewards.prompts(source, "train", args.seed)
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         model.network.load_state_dict(state["adapters"], strict=False)
@@ -592,8 +591,6 @@ def train(args):
         statistics.rewards = state["statistics"]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
-        generator.set_state(state["rng"])
-        stream = itertools.islice(stream, progress["epoch"] * N // K, None)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
@@ -632,9 +629,11 @@ def train(args):
     epochs = range(progress["epoch"], args.epochs)
     for epoch in tqdm(epochs, folder.name, args.epochs, initial=epochs.start):
         clock = [time.perf_counter()]
+        seed = random.Random(f"{args.seed} {epoch}").getrandbits(63)
+        generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Act: every image is a trajectory of decisions.
-        pairs = list(itertools.islice(stream, N // K))
+        pairs = list(itertools.islice(rewards.prompts(source, "train", seed), N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0, states, log_probs = rollout(
@@ -706,7 +705,6 @@ def train(args):
         adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
         state = {"adapters": adapters, "optimizer": optimizer.state_dict(), "progress": progress}
         state["statistics"] = statistics.rewards
-        state["rng"] = generator.get_state()
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
     return folder
