@@ -64,7 +64,7 @@ class Settings:
     # model
     preset: Literal["ocr", "geneval", "tiny"] | None = HfArg(default=None, help="default: by reward")
     model: str = HfArg(default=DEFAULT_MODEL, help="Stable Diffusion 3 folder or repo")
-    dtype: Literal["bf16", "fp32"] = HfArg(default="bf16", help="precision of frozen weights")
+    dtype: Literal["bf16", "fp32"] | None = HfArg(default=None, help="default: bf16 on CUDA only")
     height: int = HfArg(default=512, help="in pixels")
     width: int = HfArg(default=512, help="in pixels")
     max_sequence_length: int = HfArg(default=128, help="T5 tokens per prompt")
@@ -376,7 +376,8 @@ def load_pipeline(args, device):
     kind = diffusers.StableDiffusion3Pipeline
     config = kind.load_config(args.model)
     absent = {name: None for name, part in config.items() if part == [None, None]}  # such as T5
-    frozen = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     dtype = {"default": frozen, "vae": torch.float32}
     pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
     pipe.transformer.requires_grad_(False).to(device)

@@ -61,7 +61,7 @@ class Settings:
     # model
     preset: Literal["sd1", "sd3", "tiny"] = HfArg(default="sd1", help="a set of other defaults")
     model: str = HfArg(default=DEFAULT_MODEL, help="Stable Diffusion 1.x or 3.x folder or repo")
-    dtype: Literal["bf16", "fp32"] = HfArg(default="bf16", help="precision of frozen weights")
+    dtype: Literal["bf16", "fp32"] | None = HfArg(default=None, help="default: bf16 on CUDA only")
     height: int = HfArg(default=512, help="in pixels")
     width: int = HfArg(default=512, help="in pixels")
     max_sequence_length: int = HfArg(default=128, help="T5 tokens per prompt")
@@ -496,7 +496,8 @@ def load_pipeline(args, device):
     config = diffusers.DiffusionPipeline.load_config(args.model)
     unused = ("safety_checker", "feature_extractor", "image_encoder")
     absent = {key: None for key in config if key in unused or config[key] == [None, None]}
-    frozen = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     dtype = {"default": frozen, "vae": torch.float32}
     kind = getattr(diffusers, config["_class_name"])
     pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)

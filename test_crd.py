@@ -601,12 +601,12 @@ def test_guidance_extrapolates_from_the_unconditional_velocity():
 
 SHORT = {
     crd: dict(
-        preset="tiny", dtype="fp32", reward="incompressibility", rank=2, alpha=4, groups=2, group_size=2,
+        preset="tiny", reward="incompressibility", rank=2, alpha=4, groups=2, group_size=2,
         micro_batch=4, steps_per_epoch=1, rollout_steps=2, train_timesteps=1, eval_steps=2,
         eval_images=2, eval_every=2, eval_rewards=None,
     ),
     ddpo: dict(
-        preset="tiny", dtype="fp32", reward="incompressibility", rank=2, alpha=4, images=8, group_size=2,
+        preset="tiny", reward="incompressibility", rank=2, alpha=4, images=8, group_size=2,
         micro_batch=1, steps=4, stat_min=2, guidance=2.0, eval_images=2, eval_every=2,
         eval_rewards=None,
     ),
