@@ -37,22 +37,27 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import diffusers
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import rewards
 
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -439,6 +444,9 @@ def decode(pipe, latents):
 # The run
 
 
+bar = partial(tqdm, leave=False, disable=RANK > 0)
+
+
 def predict(pipe, layers, cond, uncond, x, sigma, adapter, guidance=1.0):
     """The velocity by one of the adapters; None: as pretrained."""
     with use_adapter(layers, adapter):
@@ -451,22 +459,47 @@ def generate(pipe, layers, adapter, noise, cond, uncond, steps, batch, guidance=
     sigmas = schedule(pipe, steps, noise.device)
     batches = zip(*[tensor.split(batch) for tensor in (noise, *cond)])
     latents = []
-    for x, *c in tqdm(batches, "sample", math.ceil(len(noise) / batch), leave=False):
+    for x, *c in bar(batches, "sample", math.ceil(len(noise) / batch)):
         v = partial(predict, pipe, layers, c, uncond, adapter=adapter, guidance=guidance)
         latents.append(sample_ode(v, x, sigmas))
     return torch.cat(latents)
 
 
+def gather(value):
+    """The values of all processes of torchrun, in the order of their ranks."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average(tensors):
+    """Replace tensors by their means over all processes, in one all-reduce."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor) / WORLD_SIZE)
+
+
 def train(args):
     """The paper's Algorithm 1, from loading to the last evaluation. Returns the run's folder."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # Process 0 evaluates, logs and saves, while the others wait for it.
+        dist.init_process_group(timeout=timedelta(hours=2))
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
-    N = args.groups * K
+    N = args.groups * K // WORLD_SIZE  # images per epoch of this process
     assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny?"
-    assert args.resume or not folder.exists(), f"{folder} exists: --resume it, or choose a --name"
+    is_free = RANK > 0 or args.resume or not folder.exists()
+    assert is_free, f"{folder} exists: --resume it, or choose another --name"
     assert args.height % 16 == args.width % 16 == 0, "--height, --width: no multiples of 16"
-    assert args.groups % args.steps_per_epoch == 0, "--groups: no multiple of --steps-per-epoch"
+    shares = args.steps_per_epoch * WORLD_SIZE
+    assert args.groups % shares == 0, "--groups: no multiple of --steps-per-epoch x processes"
     assert args.micro_batch % K == 0 and K > 1, "--micro-batch: no multiple of --group-size > 1"
     assert args.train_timesteps <= args.rollout_steps, "--train-timesteps exceeds --rollout-steps"
 
@@ -506,11 +539,15 @@ def train(args):
         pipe.transformer.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        if progress["epoch"] > 0:  # drop the lines of epochs that come again
+            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            lines = [json.loads(line) for line in lines if line.endswith("\n")]
+            metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
+        text = "".join(json.dumps(line) + "\n" for line in metrics)
+        (folder / "metrics.jsonl").write_text(text)
 
     def log(split, R, values):
         line = {"split": split, **progress, "reward": R.mean().item(), **values}
@@ -539,17 +576,17 @@ def train(args):
         rewards.contact_sheet(out / "images.png", images[:16], captions)
         rewards.plot_curve(folder / "curve.png", metrics, ["reward", *values])
 
-    if progress["epoch"] == 0:
+    if progress["epoch"] == 0 and RANK == 0:
         evaluate()
     sigmas = schedule(pipe, args.rollout_steps, device)
     epochs = range(progress["epoch"], args.epochs)
-    for epoch in tqdm(epochs, folder.name, args.epochs, initial=epochs.start):
+    for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        seed = random.Random(f"{args.seed} {epoch}").getrandbits(63)
+        seed = random.Random(f"{args.seed} {epoch} {RANK}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Roll out: K images of each prompt with `sampler`, without guidance.
-        pairs = list(itertools.islice(rewards.prompts(source, "train", seed), args.groups))
+        pairs = list(itertools.islice(rewards.prompts(source, "train", seed), N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0 = generate(
@@ -561,8 +598,9 @@ def train(args):
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         R, values = reward.score(images, prompts, metadata)
-        targets = reward_targets(R, K, args.advantage_clip).to(device)
         normalized_reward = rewards.normalize(R, reward.range).to(device)
+        R = torch.cat(gather(R))  # of all processes
+        targets = reward_targets(R, K, args.advantage_clip)[RANK * N :][:N].to(device)
         if not args.anchor_adaptive:
             normalized_reward = torch.ones_like(normalized_reward)
         clock.append(time.perf_counter())
@@ -570,7 +608,7 @@ def train(args):
         # 3. Train: each optimizer step on a share of the groups, at some of the rollout's sigmas.
         totals = defaultdict(float)
         images_per_step = N // args.steps_per_epoch
-        for start in tqdm(range(0, N, images_per_step), "train", leave=False):
+        for start in bar(range(0, N, images_per_step), "train"):
             stop = start + images_per_step
             order = torch.randperm(args.rollout_steps, generator=generator, device=device).tolist()
             micro_batches = range(start, stop, args.micro_batch)
@@ -585,6 +623,7 @@ def train(args):
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / args.steps_per_epoch * term.detach()
+            average([p.grad for p in parameters])
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / args.steps_per_epoch
             optimizer.step()
@@ -600,7 +639,7 @@ def train(args):
 
         # 5. Log, evaluate, save.
         progress["epoch"] += 1
-        progress["images"] += N
+        progress["images"] += len(R)
         progress["seconds"] += clock[-1] - clock[0]
         values |= {name: total.item() for name, total in totals.items()}
         values["rho_std"] = values.pop("rho_variance") ** 0.5  # within a group
@@ -608,6 +647,8 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if RANK > 0:
+            continue
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
@@ -616,6 +657,9 @@ def train(args):
         state = {"adapters": adapters, "optimizer": optimizer.state_dict(), "progress": progress}
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
+    if WORLD_SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     return folder
 
 

@@ -35,21 +35,27 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import diffusers
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import rewards
 
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 
@@ -270,6 +276,9 @@ def regression_terms(model, x0, weights, cond, uncond, args, generator):
     return {"loss": (weights * error.square().flatten(1).mean(1)).mean()}
 
 
+bar = partial(tqdm, leave=False, disable=RANK > 0)
+
+
 @torch.no_grad()
 def rollout(model, noise, cond, uncond, batches, random_steps, args, generator=None):
     """Draw images from x_T = noise (N, ...), in the micro-batches that training will use.
@@ -281,7 +290,7 @@ def rollout(model, noise, cond, uncond, batches, random_steps, args, generator=N
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
     log_probs = noise.new_empty(len(noise), random_steps)
-    for rows in tqdm(batches, "sample", leave=False):
+    for rows in bar(batches, "sample"):
         x = states[rows, 0] = noise[rows]
         for i in range(args.steps):
             prediction = guided(model, x, i, [c[rows] for c in cond], uncond, args.guidance)
@@ -536,16 +545,41 @@ def decode(pipe, latents):
 # The run
 
 
+def gather(value):
+    """The values of all processes of torchrun, in the order of their ranks."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average(tensors):
+    """Replace tensors by their means over all processes, in one all-reduce."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor) / WORLD_SIZE)
+
+
 def train(args):
     """Sample, score, improve (paper, sec. 4). Returns the run's folder."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # Process 0 evaluates, logs and saves, while the others wait for it.
+        dist.init_process_group(timeout=timedelta(hours=2))
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
-    N = args.images
+    N = args.images // WORLD_SIZE  # images per epoch of this process
     is_regression = args.algorithm in ("rwr", "rwr-sparse")
     assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny?"
-    assert args.resume or not folder.exists(), f"{folder} exists: --resume it, or choose a --name"
+    is_free = RANK > 0 or args.resume or not folder.exists()
+    assert is_free, f"{folder} exists: --resume it, or choose another --name"
     assert args.height % 16 == args.width % 16 == 0, "--height, --width: no multiples of 16"
+    assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
     assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
     assert args.random_steps <= args.steps, "--random-steps exceeds --steps"
@@ -590,11 +624,15 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
         statistics.rewards = state["statistics"]
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        if progress["epoch"] > 0:  # drop the lines of epochs that come again
+            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            lines = [json.loads(line) for line in lines if line.endswith("\n")]
+            metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
+        text = "".join(json.dumps(line) + "\n" for line in metrics)
+        (folder / "metrics.jsonl").write_text(text)
 
     def log(split, R, values):
         line = {"split": split, **progress, "reward": R.mean().item(), **values}
@@ -623,14 +661,14 @@ def train(args):
         rewards.contact_sheet(out / "images.png", images[:16], captions)
         rewards.plot_curve(folder / "curve.png", metrics, ["reward", *values])
 
-    if progress["epoch"] == 0:
+    if progress["epoch"] == 0 and RANK == 0:
         evaluate()
     per_update = N // args.updates
     updates = [micro_batches(i, i + per_update, args.micro_batch) for i in range(0, N, per_update)]
     epochs = range(progress["epoch"], args.epochs)
-    for epoch in tqdm(epochs, folder.name, args.epochs, initial=epochs.start):
+    for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        seed = random.Random(f"{args.seed} {epoch}").getrandbits(63)
+        seed = random.Random(f"{args.seed} {epoch} {RANK}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Act: every image is a trajectory of decisions.
@@ -646,7 +684,9 @@ def train(args):
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         R, values = reward.score(images, prompts, metadata)
-        A = statistics.advantages(prompts, R, args.advantage_clip).to(device)
+        R = torch.cat(gather(R))  # of all processes
+        A = statistics.advantages(sum(gather(prompts), ()), R, args.advantage_clip)
+        A = A[RANK * N :][:N].to(device)
         clock.append(time.perf_counter())
 
         # 3. Improve, each update on its share of the images.
@@ -661,9 +701,7 @@ def train(args):
                 weights = torch.ones_like(A)
             shares = [share.split(args.micro_batch) for share in order.split(per_update)]
             passes = range(args.steps)
-        for update, share in enumerate(tqdm(shares, "train", leave=False)):
-            if not is_regression:
-                passes = torch.randperm(args.random_steps, generator=generator, device=device).tolist()
+        for update, share in enumerate(bar(shares, "train")):
             for rows, i in itertools.product(share, passes):
                 c = [part[rows] for part in cond]
                 if is_regression:
@@ -681,6 +719,7 @@ def train(args):
                     totals[name] += scale / len(shares) * term.detach()
             if update == 0 and not is_regression:
                 values["first_ratio_error"] = totals["ratio_error"].item()
+            average([p.grad for p in parameters])
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / len(shares)
             optimizer.step()
@@ -692,13 +731,15 @@ def train(args):
 
         # 4. Log, evaluate, save.
         progress["epoch"] += 1
-        progress["images"] += N
+        progress["images"] += len(R)
         progress["seconds"] += clock[-1] - clock[0]
         values |= {name: total.item() for name, total in totals.items()}
         for i, phase in enumerate(("rollout", "reward", "train")):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if RANK > 0:
+            continue
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
@@ -708,6 +749,9 @@ def train(args):
         state["statistics"] = statistics.rewards
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
+    if WORLD_SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     return folder
 
 

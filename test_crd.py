@@ -715,6 +715,47 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, sd1, script, setti
         assert [line["first_ratio_error"] for line in train] == [0, 0]
 
 
+@in_both_scripts
+def test_a_run_killed_after_its_log_repeats_the_epoch(run, script):
+    """A line of metrics.jsonl is written before the state; resuming drops it, even half of it."""
+    folder = run(script, "run", 2, eval_every=1)
+    expected = read_metrics(folder)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"split": "train", "epoch": 3}) + "\n" + '{"split": "ev')
+    resume(script, folder, "--epochs", "2")
+    assert read_metrics(folder) == expected
+    assert_close(torch.load(folder / "state.pt", weights_only=True), state)
+
+
+@in_both_scripts
+def test_two_processes_stay_identical_and_finish(run, script):
+    """They draw images of their own, average their gradients, and end with one set of adapters."""
+    run(script, "one", 0)  # so that the folder is there
+    settings = dict(groups=4) if script is crd else {}
+    Path("both.py").write_text(
+        f"import sys; sys.path.insert(0, {str(TINY.parent)!r})\n"
+        "import torch, test_crd\n"
+        f"from test_crd import {script.__name__} as script\n"
+        "states = []\n"
+        "average = script.average\n"
+        "def spy(tensors):\n"
+        "    average(tensors)\n"
+        "    states.append([tensor.clone() for tensor in tensors])\n"
+        "script.average = spy\n"
+        f"script.train(test_crd.short(script, 'two', epochs=2, **{settings}))\n"
+        "torch.save(states, f'gradients-{script.RANK}.pt')\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "both.py"]
+    subprocess.run(torchrun, check=True)
+    first, second = (torch.load(f"gradients-{rank}.pt") for rank in (0, 1))
+    assert_close(first, second, rtol=0, atol=0)
+    lines = read_metrics(Path("runs/two"))
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 2]
+    assert lines[-1]["images"] == 2 * 8
+    assert read_state(Path("runs/two"))["progress"]["epoch"] == 2
+
+
 def test_rollouts_use_sampler_and_evaluations_ema(run, monkeypatch):
     adapters = []
     generate = crd.generate
