@@ -59,7 +59,7 @@ import rewards
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
+DECAY = "of this EMA of the policy: start step, start value, slope, end value (ema_decay)"
 
 
 @dataclass
@@ -67,8 +67,8 @@ class Settings:
     """Everything a run depends on. A preset is a set of other defaults; flags override it."""
 
     # model
-    preset: Literal["ocr", "geneval", "tiny"] | None = HfArg(default=None, help="default: by reward")
-    model: str = HfArg(default=DEFAULT_MODEL, help="Stable Diffusion 3 folder or repo")
+    preset: Literal["ocr", "geneval", "tiny"] | None = HfArg(default=None, help="default: reward's")
+    model: str = HfArg(default="stabilityai/stable-diffusion-3.5-medium", help="folder or repo")
     dtype: Literal["bf16", "fp32"] | None = HfArg(default=None, help="default: bf16 on CUDA only")
     height: int = HfArg(default=512, help="in pixels")
     width: int = HfArg(default=512, help="in pixels")
@@ -98,9 +98,8 @@ class Settings:
     micro_batch: int = HfArg(default=24, help="images per forward and backward pass")
     lr: float = HfArg(default=3e-4, help="AdamW learning rate")
     weight_decay: float = HfArg(default=1e-4, help="AdamW weight decay")
-    # `old` and `sampler` are EMAs too: start step, start value, slope and end value of their decay
-    old_decay: list[float] = HfArg(default_factory=lambda: [0, 0.25, 0.001, 0.5], help="see above")
-    sampler_decay: list[float] = HfArg(default_factory=lambda: [0, 0, 0.001, 0.5], help="see above")
+    old_decay: list[float] = HfArg(default_factory=lambda: [0, 0.25, 0.001, 0.5], help=DECAY)
+    sampler_decay: list[float] = HfArg(default_factory=lambda: [0, 0, 0.001, 0.5], help=DECAY)
     ema: float = HfArg(default=0.9, help="decay of the EMA that is evaluated and saved")
     grad_checkpoint: bool = HfArg(default=True, help="recompute blocks in the backward pass")
     compile: bool = HfArg(default=False, help="torch.compile each transformer block")
@@ -447,6 +446,11 @@ def decode(pipe, latents):
 bar = partial(tqdm, leave=False, disable=RANK > 0)
 
 
+def batches(start, stop, size):
+    """Slices of at most `size` images."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
 def predict(pipe, layers, cond, uncond, x, sigma, adapter, guidance=1.0):
     """The velocity by one of the adapters; None: as pretrained."""
     with use_adapter(layers, adapter):
@@ -457,11 +461,11 @@ def predict(pipe, layers, cond, uncond, x, sigma, adapter, guidance=1.0):
 def generate(pipe, layers, adapter, noise, cond, uncond, steps, batch, guidance=1.0):
     """noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...)."""
     sigmas = schedule(pipe, steps, noise.device)
-    batches = zip(*[tensor.split(batch) for tensor in (noise, *cond)])
     latents = []
-    for x, *c in bar(batches, "sample", math.ceil(len(noise) / batch)):
+    for rows in bar(batches(0, len(noise), batch), "sample"):
+        c = [part[rows] for part in cond]
         v = partial(predict, pipe, layers, c, uncond, adapter=adapter, guidance=guidance)
-        latents.append(sample_ode(v, x, sigmas))
+        latents.append(sample_ode(v, noise[rows], sigmas))
     return torch.cat(latents)
 
 
@@ -487,32 +491,35 @@ def train(args):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if WORLD_SIZE > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # Process 0 evaluates, logs and saves, while the others wait for it.
-        dist.init_process_group(timeout=timedelta(hours=2))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.groups * K // WORLD_SIZE  # images per epoch of this process
-    assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny?"
-    is_free = RANK > 0 or args.resume or not folder.exists()
-    assert is_free, f"{folder} exists: --resume it, or choose another --name"
-    assert args.height % 16 == args.width % 16 == 0, "--height, --width: no multiples of 16"
+    is_affordable = device.type != "cpu" or args.device or Path(args.model).exists()
+    assert is_affordable, f"{args.model} needs a GPU, and there is none: try --preset tiny"
+    assert RANK or args.resume or not folder.exists(), f"{folder} exists: --resume it, or --name"
+    assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
     shares = args.steps_per_epoch * WORLD_SIZE
     assert args.groups % shares == 0, "--groups: no multiple of --steps-per-epoch x processes"
     assert args.micro_batch % K == 0 and K > 1, "--micro-batch: no multiple of --group-size > 1"
     assert args.train_timesteps <= args.rollout_steps, "--train-timesteps exceeds --rollout-steps"
 
-    # Rewards, and prompts that they can score
-    reward = rewards.load(args.reward, device)
-    held_out_rewards = rewards.load(args.eval_rewards, device) if args.eval_rewards else None
-    source = args.prompts or reward.prompts
+    if args.wandb and RANK == 0:
+        import wandb
+
+        wandb.init(project=args.wandb, name=folder.name, config=asdict(args))
+
+    # Prompts, and rewards that can score them
+    source = args.prompts or rewards.default_prompts(args.reward)
     endless = itertools.cycle(rewards.prompts(source, "eval"))
     held_out = list(itertools.islice(endless, args.eval_images))
     if args.eval_prompts:
         held_out = rewards.read_prompts(args.eval_prompts)
-    for prompt, metadata in held_out + rewards.read_prompts(source):
-        reward.check(prompt, metadata)
+    rewards.check(args.reward, held_out + rewards.read_prompts(source))
+    rewards.check(args.eval_rewards or args.reward, held_out)
+    reward = rewards.load(args.reward, device)
+    held_out_rewards = rewards.load(args.eval_rewards, device) if args.eval_rewards else None
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
@@ -533,30 +540,24 @@ def train(args):
 
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
-    metrics = []
+    metrics = []  # the lines of metrics.jsonl
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         pipe.transformer.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
         progress = state["progress"]
+        metrics = state["metrics"]
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        if progress["epoch"] > 0:  # drop the lines of epochs that come again
-            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            lines = [json.loads(line) for line in lines if line.endswith("\n")]
-            metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
-        text = "".join(json.dumps(line) + "\n" for line in metrics)
-        (folder / "metrics.jsonl").write_text(text)
 
     def log(split, R, values):
-        line = {"split": split, **progress, "reward": R.mean().item(), **values}
-        metrics.append(line)
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {name: line[name] for name in line if name not in ("split", *progress)}
-        numbers = "  ".join(f"{name} {number:.4g}" for name, number in shown.items())
-        tqdm.write(f"epoch {line['epoch']:3d} {split:5s}  {numbers}")
+        values = {"reward": R.mean().item(), **values}
+        metrics.append({"split": split, **progress, **values})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
         """Draw held-out prompts with `ema`, always from the same noise; score, save and show them."""
@@ -578,6 +579,7 @@ def train(args):
 
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
+    sent = len(metrics)  # to Weights & Biases
     sigmas = schedule(pipe, args.rollout_steps, device)
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
@@ -609,11 +611,9 @@ def train(args):
         totals = defaultdict(float)
         images_per_step = N // args.steps_per_epoch
         for start in bar(range(0, N, images_per_step), "train"):
-            stop = start + images_per_step
             order = torch.randperm(args.rollout_steps, generator=generator, device=device).tolist()
-            micro_batches = range(start, stop, args.micro_batch)
-            for i, first in itertools.product(order[: args.train_timesteps], micro_batches):
-                rows = slice(first, min(first + args.micro_batch, stop))
+            micro_batches = batches(start, start + images_per_step, args.micro_batch)
+            for i, rows in itertools.product(order[: args.train_timesteps], micro_batches):
                 noise = torch.randn(x0[rows].shape, generator=generator, device=device)
                 v = partial(predict, pipe, layers, [c[rows] for c in cond], uncond)
                 terms = objective(
@@ -654,9 +654,14 @@ def train(args):
             evaluate()
         tensors = pipe.transformer.state_dict()
         adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
-        state = {"adapters": adapters, "optimizer": optimizer.state_dict(), "progress": progress}
+        state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
+        state |= {"progress": progress, "metrics": metrics}
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
+        if args.wandb:
+            for line in metrics[sent:]:
+                wandb.log({f"{line['split']}/{name}": line[name] for name in line})
+            sent = len(metrics)
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -668,7 +673,7 @@ def parse(argv=None):
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
     flags = parser.parse_args(argv)
     names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
-    preset = flags.preset or next((name for name in names if name in PRESETS), "geneval")
+    preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
     name = "-".join(["crd", flags.preset or "-".join(names), f"seed{flags.seed}"])
     defaults = {"preset": preset, "name": name, **PRESETS[preset]}
     if flags.resume:

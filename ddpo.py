@@ -57,7 +57,6 @@ import rewards
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Settings:
 
     # model
     preset: Literal["sd1", "sd3", "tiny"] = HfArg(default="sd1", help="a set of other defaults")
-    model: str = HfArg(default=DEFAULT_MODEL, help="Stable Diffusion 1.x or 3.x folder or repo")
+    model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="folder or repo")
     dtype: Literal["bf16", "fp32"] | None = HfArg(default=None, help="default: bf16 on CUDA only")
     height: int = HfArg(default=512, help="in pixels")
     width: int = HfArg(default=512, help="in pixels")
@@ -279,8 +278,13 @@ def regression_terms(model, x0, weights, cond, uncond, args, generator):
 bar = partial(tqdm, leave=False, disable=RANK > 0)
 
 
+def batches(start, stop, size):
+    """Slices of at most `size` images."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
 @torch.no_grad()
-def rollout(model, noise, cond, uncond, batches, random_steps, args, generator=None):
+def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, generator=None):
     """Draw images from x_T = noise (N, ...), in the micro-batches that training will use.
 
     The first `random_steps` have noise. The others are deterministic and have no log-probability:
@@ -290,7 +294,7 @@ def rollout(model, noise, cond, uncond, batches, random_steps, args, generator=N
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
     log_probs = noise.new_empty(len(noise), random_steps)
-    for rows in bar(batches, "sample"):
+    for rows in bar(micro_batches, "sample"):
         x = states[rows, 0] = noise[rows]
         for i in range(args.steps):
             prediction = guided(model, x, i, [c[rows] for c in cond], uncond, args.guidance)
@@ -567,33 +571,36 @@ def train(args):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if WORLD_SIZE > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # Process 0 evaluates, logs and saves, while the others wait for it.
-        dist.init_process_group(timeout=timedelta(hours=2))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.images // WORLD_SIZE  # images per epoch of this process
     is_regression = args.algorithm in ("rwr", "rwr-sparse")
-    assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny?"
-    is_free = RANK > 0 or args.resume or not folder.exists()
-    assert is_free, f"{folder} exists: --resume it, or choose another --name"
-    assert args.height % 16 == args.width % 16 == 0, "--height, --width: no multiples of 16"
+    is_affordable = device.type != "cpu" or args.device or Path(args.model).exists()
+    assert is_affordable, f"{args.model} needs a GPU, and there is none: try --preset tiny"
+    assert RANK or args.resume or not folder.exists(), f"{folder} exists: --resume it, or --name"
+    assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
     assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
     assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
     assert args.random_steps <= args.steps, "--random-steps exceeds --steps"
 
-    # Rewards, and prompts that they can score
-    reward = rewards.load(args.reward, device)
-    held_out_rewards = rewards.load(args.eval_rewards, device) if args.eval_rewards else None
-    source = args.prompts or reward.prompts
+    if args.wandb and RANK == 0:
+        import wandb
+
+        wandb.init(project=args.wandb, name=folder.name, config=asdict(args))
+
+    # Prompts, and rewards that can score them
+    source = args.prompts or rewards.default_prompts(args.reward)
     endless = itertools.cycle(rewards.prompts(source, "eval"))
     held_out = list(itertools.islice(endless, args.eval_images))
     if args.eval_prompts:
         held_out = rewards.read_prompts(args.eval_prompts)
-    for prompt, metadata in held_out + rewards.read_prompts(source):
-        reward.check(prompt, metadata)
+    rewards.check(args.reward, held_out + rewards.read_prompts(source))
+    rewards.check(args.eval_rewards or args.reward, held_out)
+    reward = rewards.load(args.reward, device)
+    held_out_rewards = rewards.load(args.eval_rewards, device) if args.eval_rewards else None
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
@@ -616,39 +623,33 @@ def train(args):
 
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
-    metrics = []
+    metrics = []  # the lines of metrics.jsonl
     statistics = PromptStatistics(args.stat_buffer, args.stat_min)
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         model.network.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
         progress = state["progress"]
+        metrics = state["metrics"]
         statistics.rewards = state["statistics"]
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        if progress["epoch"] > 0:  # drop the lines of epochs that come again
-            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            lines = [json.loads(line) for line in lines if line.endswith("\n")]
-            metrics = [line for line in lines if line["epoch"] <= progress["epoch"]]
-        text = "".join(json.dumps(line) + "\n" for line in metrics)
-        (folder / "metrics.jsonl").write_text(text)
 
     def log(split, R, values):
-        line = {"split": split, **progress, "reward": R.mean().item(), **values}
-        metrics.append(line)
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {name: line[name] for name in line if name not in ("split", *progress)}
-        numbers = "  ".join(f"{name} {number:.4g}" for name, number in shown.items())
-        tqdm.write(f"epoch {line['epoch']:3d} {split:5s}  {numbers}")
+        values = {"reward": R.mean().item(), **values}
+        metrics.append({"split": split, **progress, **values})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
         """Draw held-out prompts with `ema`, always from the same noise; score, save and show them."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
-        batches = micro_batches(0, len(held_out), args.micro_batch)
+        rows = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
-            x0, _, _ = rollout(model, noise.to(device), held_out_cond, uncond, batches, 0, args)
+            x0, _, _ = rollout(model, noise.to(device), held_out_cond, uncond, rows, 0, args)
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if held_out_rewards:
@@ -663,8 +664,9 @@ def train(args):
 
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
+    sent = len(metrics)  # to Weights & Biases
     per_update = N // args.updates
-    updates = [micro_batches(i, i + per_update, args.micro_batch) for i in range(0, N, per_update)]
+    updates = [batches(i, i + per_update, args.micro_batch) for i in range(0, N, per_update)]
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
@@ -745,19 +747,18 @@ def train(args):
             evaluate()
         tensors = model.network.state_dict()
         adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
-        state = {"adapters": adapters, "optimizer": optimizer.state_dict(), "progress": progress}
-        state["statistics"] = statistics.rewards
+        state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
+        state |= {"progress": progress, "metrics": metrics, "statistics": statistics.rewards}
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
+        if args.wandb:
+            for line in metrics[sent:]:
+                wandb.log({f"{line['split']}/{name}": line[name] for name in line})
+            sent = len(metrics)
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
     return folder
-
-
-def micro_batches(start, stop, size):
-    """Slices of at most `size` images."""
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def parse(argv=None):

@@ -43,12 +43,14 @@ class Reward:
     def __init__(self, path, device):
         """path: what follows the @ in the spec, or None."""
 
-    def check(self, prompt, metadata):
-        """ValueError for a prompt that cannot be scored, before any image is sampled."""
+    @classmethod
+    def check(cls, prompt, metadata):
+        """ValueError for a prompt that cannot be scored."""
 
-    def missing(self, what, prompt, metadata):
+    @classmethod
+    def missing(cls, what, prompt, metadata):
         where = metadata.get("where", "a prompt")
-        return ValueError(f"{where}: reward {self.name} cannot score {prompt!r}: it needs {what}")
+        return ValueError(f"{where}: reward {cls.name} cannot score {prompt!r}: it needs {what}")
 
     def score_batch(self, images, prompts):
         """Scores of at most `batch` images, as a list or tensor."""
@@ -93,14 +95,6 @@ class WeightedSum(Reward):
         # A negative weight turns its part's range around.
         ends = [sorted(weight * end for end in reward.range) for weight, reward in parts]
         self.range = (sum(lo for lo, _ in ends), sum(hi for _, hi in ends))
-        self.prompts = parts[0][1].prompts
-        for _, reward in parts:
-            if isinstance(reward, (OCR, GenEval)):  # they can score no other prompts
-                self.prompts = reward.prompts
-
-    def check(self, prompt, metadata):
-        for _, reward in self.parts:
-            reward.check(prompt, metadata)
 
     def score(self, images, prompts, metadata):
         R = torch.zeros(len(images))
@@ -124,6 +118,22 @@ def parse_spec(spec):
             raise ValueError(f"no reward is called {name!r}: choose from {', '.join(REWARDS)}")
         parts.append((name, path, float(weight or 1)))
     return parts
+
+
+def default_prompts(spec):
+    """The prompt generator that suits a spec: that of its first reward."""
+    names = [name for name, _, _ in parse_spec(spec)]
+    for name in ("ocr", "geneval"):  # they can score no other prompts
+        if name in names:
+            return name
+    return REWARDS[names[0]].prompts
+
+
+def check(spec, pairs):
+    """ValueError for a (prompt, metadata) that a reward cannot score, before anything is loaded."""
+    for name, _, _ in parse_spec(spec):
+        for prompt, metadata in pairs:
+            REWARDS[name].check(prompt, metadata)
 
 
 def load(spec, device):
@@ -183,9 +193,10 @@ class Color(Reward):
     name = "color"
     prompts = "signs"
 
-    def check(self, prompt, metadata):
+    @classmethod
+    def check(cls, prompt, metadata):
         if not set(prompt.split()) & set(SIGN_COLORS):
-            raise self.missing(f"one of {', '.join(SIGN_COLORS)}", prompt, metadata)
+            raise cls.missing(f"one of {', '.join(SIGN_COLORS)}", prompt, metadata)
 
     def score_batch(self, images, prompts):
         palette = torch.tensor(list(SIGN_COLORS.values())).float()
@@ -289,9 +300,10 @@ class OCR(Reward):
         self.width = (settings.get("size") or {"width": 320})["width"]  # shorter lines are padded
         self.max_width = settings.get("max_image_width") or 3200
 
-    def check(self, prompt, metadata):
+    @classmethod
+    def check(cls, prompt, metadata):
         if not quoted(prompt):
-            raise self.missing("a text between double quotes", prompt, metadata)
+            raise cls.missing("a text between double quotes", prompt, metadata)
 
     def score_batch(self, images, prompts):
         texts = self.read(images)
@@ -858,9 +870,10 @@ class GenEval(Reward):
         self.clip = CLIP(locate(path, "clip", "openai/clip-vit-large-patch14"), device)
         self.device = device
 
-    def check(self, prompt, metadata):
+    @classmethod
+    def check(cls, prompt, metadata):
         if metadata.get("tag") not in TASKS or not metadata.get("include"):
-            raise self.missing("GenEval's metadata, a tag and include", prompt, metadata)
+            raise cls.missing("GenEval's metadata, a tag and include", prompt, metadata)
         for i, wanted in enumerate(metadata["include"] + metadata.get("exclude", [])):
             places = [[relation, target] for relation in RELATIONS for target in range(i)]
             valid = (
@@ -870,7 +883,7 @@ class GenEval(Reward):
                 and wanted.get("position") in [None, *places]
             )
             if not valid:
-                raise self.missing(f"objects as GenEval has them, not {wanted}", prompt, metadata)
+                raise cls.missing(f"objects as GenEval has them, not {wanted}", prompt, metadata)
 
     def score_all(self, images, prompts, metadata):
         scores = []
