@@ -6,8 +6,8 @@ What a reader who knows PPO would not expect:
 1. No policy gradient. Training is a regression of the policy's log-ratio to a reference on the
    reward, both centered per prompt.
 2. No trajectories. The log-ratio is estimated by noising finished images and denoising them once,
-   so any fast ODE sampler will do, and only its final images are kept.
-3. The policy learns to do without classifier-free guidance: an anchor distills it.
+   so any ODE sampler will do, and only its final images are kept.
+3. No classifier-free guidance in the policy: an anchor distills it from the pretrained model.
 
 Why it works: max_p E_p[r] - beta KL(p || p_old) has the optimum p* = p_old exp(r / beta) / Z, so
 r = beta log(p* / p_old) + beta log Z. Z is intractable but depends on the prompt alone: subtract
@@ -15,19 +15,24 @@ the mean over K images of one prompt from both sides, and it is gone.
 
     x0, noise, sigma   an image's latents, Gaussian noise, noise level in [0, 1]
     x, u               the noised image (1 - sigma) x0 + sigma noise; its velocity, noise - x0
-    v, v_old, v_ref    u as predicted by the policy; by the reference `old`, a slower copy of it;
-                       by the pretrained model with guidance
+    v, v_old, v_ref    u as predicted by the policy, by the reference `old`, and by the
+                       pretrained model with guidance
     rho                how much better than `old` the policy denoises: a proxy of log p / p_old
-    R, s               reward; the same centered per prompt, scaled and clipped to [0, 1]
+    R, s               reward; its advantage, clipped to +-A_max and scaled to [0, 1]
     kappa_i            strength of the anchor, growing with the image's reward
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,  m = mean |v - u|    implicit_reward
     L   = A_max / beta mean_i [beta (rho_i - mean rho) - (s_i - mean s)]^2             crd_loss
           + mean_i kappa_i mean (v - v_ref)^2                                       anchor_loss
 
-Every epoch, `train` draws K images of each prompt with the adapter `sampler` (sample_ode), scores
-them (reward_targets), minimizes L at a few sigmas (objective), and moves `sampler` and `old` toward
-the policy (ema_decay). `ema`, an average of the policy, is evaluated and saved.
+One frozen model carries four LoRA adapters. `policy` is trained. `sampler` draws the images and
+`old` is the reference: two EMAs of the policy, since images should be fresh, but rho would be 0
+if `old` were the policy. `ema`, a third, is evaluated and saved. Every epoch, `train`
+
+    draws K images of each prompt with `sampler`                              generate, sample_ode
+    scores them                                                                     reward_targets
+    takes steps down the gradient of L, at a few sigmas each                             objective
+    lets `old` and `sampler` follow the policy                               ema_decay, ema_update
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -59,7 +64,7 @@ import rewards
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DECAY = "of this EMA of the policy: start step, start value, slope, end value (ema_decay)"
+DECAY = "per epoch, of an EMA of the policy: start step, start value, slope per step, end value"
 
 
 @dataclass
@@ -86,7 +91,7 @@ class Settings:
     # loss
     beta: float = HfArg(default=1.0, help="scale of the implicit reward beta * rho")
     tau: float = HfArg(default=math.inf, help="softmax temperature of the group mean; inf: plain")
-    advantage_clip: float = HfArg(default=5.0, help="A_max: advantages are clipped to +-this")
+    advantage_clip: float = HfArg(default=5.0, help="A_max; a larger one shrinks rho's target")
     reward_weight: float = HfArg(default=1.0, help="of the CRD loss; 0: the anchor alone")
     anchor: float = HfArg(default=0.1, help="kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = HfArg(default=4.5, help="guidance of the anchor; 1: unguided")
@@ -105,7 +110,7 @@ class Settings:
     compile: bool = HfArg(default=False, help="torch.compile each transformer block")
     # run
     name: str | None = HfArg(default=None, help="the run's folder is runs/NAME")
-    seed: int = HfArg(default=0, help="one seed is one run, if the device's kernels are")
+    seed: int = HfArg(default=0, help="same seed, same run, if kernels are deterministic")
     device: str | None = HfArg(default=None, help="default: cuda if there is one")
     eval_every: int = HfArg(default=10, help="epochs between evaluations")
     eval_images: int = HfArg(default=128, help="held-out prompts, always with the same noise")
@@ -141,14 +146,15 @@ def sample_ode(velocity, noise, sigmas):
     """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
 
     A step from s to t is x_t = D + (t / s) (x_s - D). In Euler's method D is the predicted image
-    x0; here it is extrapolated in log-SNR from the last two, but where that overshoots: in the
-    first step, in the last, and in steps more than twice as long as the one before.
+    x0. Here it is extrapolated in log-SNR from the last two, except where that overshoots: in the
+    first step, in the last, and in any step more than twice as long as the one before.
     velocity(x, sigma ()) -> (B, ...); noise (B, ...); sigmas (S + 1,), descending to 0.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
     gaps = torch.log((1 - sigmas) / sigmas).diff()
-    ratios = [math.inf, *(gaps[1:] / gaps[:-1]).tolist()]  # 0 after sigma = 1, inf before 0
+    # Log-SNR is infinite at sigma 1 and 0: the ratio is 0 in step 2 and infinite in the last step.
+    ratios = [math.inf, *(gaps[1:] / gaps[:-1]).tolist()]
     x = noise
     for s, t, ratio in zip(sigmas[:-1], sigmas[1:], ratios):
         D = x0 = x - s * velocity(x, s)
@@ -163,7 +169,7 @@ def reward_targets(R, group_size, clip=5.0):
     """s = A / (2 clip) + 1/2, with A = (R - mean_group R) / (std_all R + 1e-4) clipped to +-clip.
 
     R (N,), whole groups side by side -> s (N,) in [0, 1]. With the standard deviation of all N, a
-    prompt whose images score alike is not amplified.
+    prompt whose images score alike is not amplified. The 1/2 cancels in the loss.
     """
     groups = R.view(-1, group_size)
     centered = groups - groups.mean(1, keepdim=True)
@@ -197,8 +203,8 @@ def crd_loss(rho, targets, group_size, beta=1.0, clip=5.0, tau=math.inf):
     """A_max / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2, with A_max = clip.
 
     rho, targets s (B,), whole groups side by side. At finite tau the group means are weighted, by
-    softmax(s / tau) and softmax(-s / tau), and the two losses averaged. The factor makes the
-    gradient at rho = 0 equal to -mean_i A_i grad rho_i, whatever A_max and beta are.
+    softmax(s / tau) and softmax(-s / tau), and the two losses averaged. At tau = inf the factor
+    makes the gradient at rho = 0 equal to -mean_i A_i grad rho_i, whatever A_max and beta are.
     """
     rho = rho.view(-1, group_size)
     s = targets.view(-1, group_size)
@@ -212,8 +218,8 @@ def crd_loss(rho, targets, group_size, beta=1.0, clip=5.0, tau=math.inf):
 def anchor_loss(v, v_ref, normalized_reward, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
-    The KL to the model of v_ref, up to a weight per sigma: weak where the reward n (B,) in [0, 1]
-    is low and there is everything to learn, strong where it is high and could be exploited.
+    The KL to the model of v_ref, up to a weight per sigma: weak for images of low reward n (B,) in
+    [0, 1], which have everything to learn, strong for high ones, which might exploit the reward.
     """
     kappa = kappa_min + normalized_reward * (kappa - kappa_min)
     return (kappa * (v - v_ref).square().flatten(1).mean(1)).mean()
@@ -273,7 +279,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        rows = x.flatten(0, -2)  # a 3-D matmul can pick another kernel under autograd
+        # 2-D, as a 3-D matmul can pick another kernel under autograd: rho must be 0 at v = v_old.
+        rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
 
@@ -292,7 +299,8 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Outside, the first one is active."""
+    """Compute with adapter `name`; None: as pretrained. Outside, the first one is active, also when
+    backward() recomputes a checkpointed block."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -321,16 +329,19 @@ def lora_state_dict(layers, adapter):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
-    tensors, *_, config = pipe.lora_state_dict(path, use_safetensors=True, return_lora_metadata=True)
-    config = config or {}  # peft's, where diffusers saved it; without, alpha is the rank
+    options = {"use_safetensors": True, "return_lora_metadata": True}
+    tensors, *_, config = pipe.lora_state_dict(path, **options)
+    config = config or {}  # peft's, if diffusers saved it; without it, alpha is the rank
+    names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
+    is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
+    if tensors.keys() != names or is_variant:
+        raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
     scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
-        A = tensors.pop(f"{prefix}.{name}.lora_A.weight")
-        B = tensors.pop(f"{prefix}.{name}.lora_B.weight") * scale / layer.scale
+        A = tensors[f"{prefix}.{name}.lora_A.weight"]
+        B = tensors[f"{prefix}.{name}.lora_B.weight"] * scale / layer.scale
         for adapter in layer.A:
             layer.load_state_dict({f"A.{adapter}": A, f"B.{adapter}": B}, strict=False)
-    if tensors or config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern"):
-        raise ValueError(f"{path} is more than a plain LoRA of this model's layers: {list(tensors)}")
 
 
 class Checkpoint(torch.autograd.Function):
@@ -363,11 +374,11 @@ class Checkpoint(torch.autograd.Function):
 
 def checkpoint(block, *inputs):
     """For `enable_gradient_checkpointing` of diffusers, which calls it for each block."""
-    trigger = torch.ones((), requires_grad=True)  # or autograd skips a block of frozen inputs
+    trigger = torch.ones((), requires_grad=True)  # or autograd ignores a block with frozen inputs
     return Checkpoint.apply(block, trigger, *inputs)
 
 
-# Stable Diffusion 3: all that another flow model has in another form
+# Stable Diffusion 3: what to rewrite for another flow model
 
 TARGET_MODULES = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -458,14 +469,14 @@ def predict(pipe, layers, cond, uncond, x, sigma, adapter, guidance=1.0):
 
 
 @torch.no_grad()
-def generate(pipe, layers, adapter, noise, cond, uncond, steps, batch, guidance=1.0):
+def generate(pipe, layers, uncond, args, adapter, noise, cond, steps, guidance=1.0):
     """noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...)."""
     sigmas = schedule(pipe, steps, noise.device)
     latents = []
-    for rows in bar(batches(0, len(noise), batch), "sample"):
+    for rows in bar(batches(0, len(noise), args.sample_batch), "sample"):
         c = [part[rows] for part in cond]
-        v = partial(predict, pipe, layers, c, uncond, adapter=adapter, guidance=guidance)
-        latents.append(sample_ode(v, noise[rows], sigmas))
+        model = partial(predict, pipe, layers, c, uncond, adapter=adapter, guidance=guidance)
+        latents.append(sample_ode(model, noise[rows], sigmas))
     return torch.cat(latents)
 
 
@@ -487,7 +498,7 @@ def average(tensors):
 
 
 def train(args):
-    """The paper's Algorithm 1, from loading to the last evaluation. Returns the run's folder."""
+    """The paper's Algorithm 1. Returns the run's folder."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if WORLD_SIZE > 1:
         if device.type == "cuda":
@@ -496,14 +507,13 @@ def train(args):
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.groups * K // WORLD_SIZE  # images per epoch of this process
-    is_affordable = device.type != "cpu" or args.device or Path(args.model).exists()
-    assert is_affordable, f"{args.model} needs a GPU, and there is none: try --preset tiny"
+    assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny"
     assert RANK or args.resume or not folder.exists(), f"{folder} exists: --resume it, or --name"
     assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
-    shares = args.steps_per_epoch * WORLD_SIZE
-    assert args.groups % shares == 0, "--groups: no multiple of --steps-per-epoch x processes"
+    assert args.groups % (args.steps_per_epoch * WORLD_SIZE) == 0, "--groups: do not divide evenly"
     assert args.micro_batch % K == 0 and K > 1, "--micro-batch: no multiple of --group-size > 1"
     assert args.train_timesteps <= args.rollout_steps, "--train-timesteps exceeds --rollout-steps"
+    assert len(args.old_decay) == len(args.sampler_decay) == 4, "--old-decay takes four numbers"
 
     if args.wandb and RANK == 0:
         import wandb
@@ -512,7 +522,7 @@ def train(args):
 
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
-    endless = itertools.cycle(rewards.prompts(source, "eval"))
+    endless = itertools.cycle(rewards.prompts(source, "eval"))  # a short list comes again
     held_out = list(itertools.islice(endless, args.eval_images))
     if args.eval_prompts:
         held_out = rewards.read_prompts(args.eval_prompts)
@@ -535,6 +545,7 @@ def train(args):
             block.compile()
     if args.grad_checkpoint:
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
+    sample = partial(generate, pipe, layers, uncond, args)
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
 
@@ -548,6 +559,7 @@ def train(args):
         optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
         progress = state["progress"]
         metrics = state["metrics"]
+    assert progress["epoch"] <= args.epochs, f"{folder} already has {progress['epoch']} epochs"
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -560,12 +572,10 @@ def train(args):
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
-        """Draw held-out prompts with `ema`, always from the same noise; score, save and show them."""
+        """Draw held-out prompts with `ema`, always from the same noise; score, save, show them."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
-        x0 = generate(
-            pipe, layers, "ema", noise.to(device), held_out_cond, uncond,
-            args.eval_steps, args.sample_batch, args.eval_guidance,
-        )  # fmt: skip
+        noise = noise.to(device)
+        x0 = sample("ema", noise, held_out_cond, args.eval_steps, args.eval_guidance)
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if held_out_rewards:
@@ -591,9 +601,7 @@ def train(args):
         pairs = list(itertools.islice(rewards.prompts(source, "train", seed), N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
         noise = torch.randn(N, *shape, generator=generator, device=device)
-        x0 = generate(
-            pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, args.sample_batch
-        )
+        x0 = sample("sampler", noise, cond, args.rollout_steps)
         images = decode(pipe, x0)
         clock.append(time.perf_counter())
 
@@ -615,10 +623,9 @@ def train(args):
             micro_batches = batches(start, start + images_per_step, args.micro_batch)
             for i, rows in itertools.product(order[: args.train_timesteps], micro_batches):
                 noise = torch.randn(x0[rows].shape, generator=generator, device=device)
-                v = partial(predict, pipe, layers, [c[rows] for c in cond], uncond)
-                terms = objective(
-                    v, x0[rows], noise, sigmas[i], targets[rows], normalized_reward[rows], args
-                )
+                predict_rows = partial(predict, pipe, layers, [c[rows] for c in cond], uncond)
+                s, n = targets[rows], normalized_reward[rows]
+                terms = objective(predict_rows, x0[rows], noise, sigmas[i], s, n, args)
                 share = len(noise) / images_per_step / args.train_timesteps
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
@@ -646,7 +653,7 @@ def train(args):
         for i, phase in enumerate(("rollout", "reward", "train")):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
-            values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if RANK > 0:
             continue
         log("train", R, values)

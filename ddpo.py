@@ -102,7 +102,7 @@ class Settings:
     compile: bool = HfArg(default=False, help="torch.compile each block")
     # run
     name: str | None = HfArg(default=None, help="the run's folder is runs/NAME")
-    seed: int = HfArg(default=0, help="one seed is one run, if the device's kernels are")
+    seed: int = HfArg(default=0, help="same seed, same run, if kernels are deterministic")
     device: str | None = HfArg(default=None, help="default: cuda if there is one")
     eval_every: int = HfArg(default=10, help="epochs between evaluations")
     eval_images: int = HfArg(default=128, help="held-out prompts, always with the same noise")
@@ -183,8 +183,8 @@ def flow_sde_step(
 class PromptStatistics:
     """Advantages (R - mean) / std by each prompt's own last `buffer` rewards (paper, sec. 5).
 
-    This removes the prompt's difficulty from the advantage. Below `minimum` rewards of a prompt, the
-    epoch's mean and std are used.
+    This removes the prompt's difficulty from the advantage. Below `minimum` rewards of a prompt,
+    the epoch's mean and std are used.
     """
 
     def __init__(self, buffer=32, minimum=16):
@@ -249,7 +249,7 @@ def guided(model, x, i, cond, uncond, guidance):
 
 
 def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
-    """The loss of step i, from x to x_next, for B images; and what to log of the ratio p / p_old."""
+    """The loss of step i, from x to x_next, of B images; and what to log of their ratios."""
     prediction = guided(model, x, i, cond, uncond, args.guidance)
     _, log_prob = model.step(prediction, x, i, x_next)
     if args.algorithm == "sf":
@@ -335,7 +335,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        rows = x.flatten(0, -2)  # a 3-D matmul can pick another kernel under autograd
+        # 2-D, as a 3-D matmul can pick another kernel under autograd: rho must be 0 at v = v_old.
+        rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
 
@@ -354,7 +355,8 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Outside, the first one is active."""
+    """Compute with adapter `name`; None: as pretrained. Outside, the first one is active, also when
+    backward() recomputes a checkpointed block."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -383,16 +385,19 @@ def lora_state_dict(layers, adapter):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
-    tensors, *_, config = pipe.lora_state_dict(path, use_safetensors=True, return_lora_metadata=True)
-    config = config or {}  # peft's, where diffusers saved it; without, alpha is the rank
+    options = {"use_safetensors": True, "return_lora_metadata": True}
+    tensors, *_, config = pipe.lora_state_dict(path, **options)
+    config = config or {}  # peft's, if diffusers saved it; without it, alpha is the rank
+    names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
+    is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
+    if tensors.keys() != names or is_variant:
+        raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
     scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
-        A = tensors.pop(f"{prefix}.{name}.lora_A.weight")
-        B = tensors.pop(f"{prefix}.{name}.lora_B.weight") * scale / layer.scale
+        A = tensors[f"{prefix}.{name}.lora_A.weight"]
+        B = tensors[f"{prefix}.{name}.lora_B.weight"] * scale / layer.scale
         for adapter in layer.A:
             layer.load_state_dict({f"A.{adapter}": A, f"B.{adapter}": B}, strict=False)
-    if tensors or config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern"):
-        raise ValueError(f"{path} is more than a plain LoRA of this model's layers: {list(tensors)}")
 
 
 class Checkpoint(torch.autograd.Function):
@@ -425,7 +430,7 @@ class Checkpoint(torch.autograd.Function):
 
 def checkpoint(block, *inputs):
     """For `enable_gradient_checkpointing` of diffusers, which calls it for each block."""
-    trigger = torch.ones((), requires_grad=True)  # or autograd skips a block of frozen inputs
+    trigger = torch.ones((), requires_grad=True)  # or autograd ignores a block with frozen inputs
     return Checkpoint.apply(block, trigger, *inputs)
 
 
@@ -502,7 +507,7 @@ class StableDiffusion3:
 
 
 def load_pipeline(args, device):
-    """(pipe, model): the pretrained pipeline, frozen, and its StableDiffusion or StableDiffusion3."""
+    """The pretrained pipeline, frozen, and its StableDiffusion or StableDiffusion3."""
     models = {
         "StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3
     }  # fmt: skip
@@ -577,8 +582,7 @@ def train(args):
     K = args.group_size
     N = args.images // WORLD_SIZE  # images per epoch of this process
     is_regression = args.algorithm in ("rwr", "rwr-sparse")
-    is_affordable = device.type != "cpu" or args.device or Path(args.model).exists()
-    assert is_affordable, f"{args.model} needs a GPU, and there is none: try --preset tiny"
+    assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny"
     assert RANK or args.resume or not folder.exists(), f"{folder} exists: --resume it, or --name"
     assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
     assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
@@ -593,7 +597,7 @@ def train(args):
 
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
-    endless = itertools.cycle(rewards.prompts(source, "eval"))
+    endless = itertools.cycle(rewards.prompts(source, "eval"))  # a short list comes again
     held_out = list(itertools.islice(endless, args.eval_images))
     if args.eval_prompts:
         held_out = rewards.read_prompts(args.eval_prompts)
@@ -633,6 +637,7 @@ def train(args):
         progress = state["progress"]
         metrics = state["metrics"]
         statistics.rewards = state["statistics"]
+    assert progress["epoch"] <= args.epochs, f"{folder} already has {progress['epoch']} epochs"
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -645,7 +650,7 @@ def train(args):
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
-        """Draw held-out prompts with `ema`, always from the same noise; score, save and show them."""
+        """Draw held-out prompts with `ema`, always from the same noise; score, save, show them."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
         rows = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
@@ -739,7 +744,7 @@ def train(args):
         for i, phase in enumerate(("rollout", "reward", "train")):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
-            values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if RANK > 0:
             continue
         log("train", R, values)

@@ -280,10 +280,6 @@ class OCR(Reward):
 
     name = "ocr"
     prompts = "ocr"
-    mean = (0.406, 0.456, 0.485)  # of the detector
-    std = (0.225, 0.224, 0.229)
-    height = 48  # of a line of text
-
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`."""
         self.device = device
@@ -291,13 +287,17 @@ class OCR(Reward):
         place = locate(path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors")
         self.detector = load_model(transformers.AutoModelForObjectDetection, place).to(device)
         settings, _ = load_settings(**place)
+        self.mean = settings.get("image_mean") or (0.406, 0.456, 0.485)
+        self.std = settings.get("image_std") or (0.225, 0.224, 0.229)
         self.limit = settings.get("limit_side_len") or 960
         self.limit_type = settings.get("limit_type") or "max"
         place = locate(path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors")
         self.recognizer = load_model(transformers.AutoModelForTextRecognition, place).to(device)
         settings, _ = load_settings(**place)
         self.characters = settings["character_list"]
-        self.width = (settings.get("size") or {"width": 320})["width"]  # shorter lines are padded
+        size = settings.get("size") or {"height": 48, "width": 320}
+        self.height = size["height"]
+        self.width = size["width"]  # shorter lines are padded to it
         self.max_width = settings.get("max_image_width") or 3200
 
     @classmethod

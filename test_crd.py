@@ -759,9 +759,9 @@ def test_rollouts_use_sampler_and_evaluations_ema(run, monkeypatch):
     adapters = []
     generate = crd.generate
 
-    def spy(pipe, layers, adapter, *args):
+    def spy(pipe, layers, uncond, args, adapter, *more):
         adapters.append(adapter)
-        return generate(pipe, layers, adapter, *args)
+        return generate(pipe, layers, uncond, args, adapter, *more)
 
     monkeypatch.setattr(crd, "generate", spy)
     run(crd, "run", 1)
