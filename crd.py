@@ -1,13 +1,10 @@
 """CRD, Centered Reward Distillation (Zhu et al. 2026, arXiv 2603.14128), in one file.
 
 Fine-tune a flow-matching text-to-image model so that its images score higher under any reward.
-What a reader who knows PPO would not expect:
-
-1. No policy gradient. Training is a regression of the policy's log-ratio to a reference on the
-   reward, both centered per prompt.
-2. No trajectories. The log-ratio is estimated by noising finished images and denoising them once,
-   so any ODE sampler will do, and only its final images are kept.
-3. No classifier-free guidance in the policy: an anchor distills it from the pretrained model.
+What a reader who knows PPO would not expect: there is no policy gradient, but a regression of the
+policy's log-ratio to a reference on the reward, both centered per prompt. There are no
+trajectories: the log-ratio is estimated by noising finished images and denoising them once, so any
+ODE sampler will do. And the policy runs without classifier-free guidance, which an anchor distills.
 
 Why it works: max_p E_p[r] - beta KL(p || p_old) has the optimum p* = p_old exp(r / beta) / Z, so
 r = beta log(p* / p_old) + beta log Z. Z is intractable but depends on the prompt alone: subtract
@@ -387,7 +384,7 @@ TARGET_MODULES = (
 
 
 def load_pipeline(args, device):
-    """The pretrained pipeline, frozen. Its text encoders wait on the CPU."""
+    """The pretrained pipeline, frozen, its text encoders on the CPU; and the latents' shape."""
     kind = diffusers.StableDiffusion3Pipeline
     config = kind.load_config(args.model)
     absent = {name: None for name, part in config.items() if part == [None, None]}  # such as T5
@@ -397,12 +394,8 @@ def load_pipeline(args, device):
     pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
     pipe.transformer.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
-    return pipe
-
-
-def latent_shape(pipe, args):
-    scale = pipe.vae_scale_factor
-    return pipe.transformer.config.in_channels, args.height // scale, args.width // scale
+    height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
+    return pipe, (pipe.transformer.config.in_channels, height, width)
 
 
 def schedule(pipe, steps, device):
@@ -480,23 +473,6 @@ def generate(pipe, layers, uncond, args, adapter, noise, cond, steps, guidance=1
     return torch.cat(latents)
 
 
-def gather(value):
-    """The values of all processes of torchrun, in the order of their ranks."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def average(tensors):
-    """Replace tensors by their means over all processes, in one all-reduce."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor) / WORLD_SIZE)
-
-
 def train(args):
     """The paper's Algorithm 1. Returns the run's folder."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -533,8 +509,7 @@ def train(args):
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
-    pipe = load_pipeline(args, device)
-    shape = latent_shape(pipe, args)
+    pipe, shape = load_pipeline(args, device)
     uncond = encode(pipe, [""], args)
     held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
     layers = add_lora(pipe.transformer, TARGET_MODULES, args.rank, args.alpha, ADAPTERS)
@@ -585,7 +560,8 @@ def train(args):
         pipe.save_lora_weights(out, transformer_lora_layers=lora_state_dict(layers, "ema"))
         captions = [f"{r:.2f}  {prompt}" for r, (prompt, _) in zip(R.tolist(), held_out[:16])]
         rewards.contact_sheet(out / "images.png", images[:16], captions)
-        rewards.plot_curve(folder / "curve.png", metrics, ["reward", *values])
+        total = [] if reward.name in values else ["reward"]  # of a weighted sum
+        rewards.plot_curve(folder / "curve.png", metrics, [*total, *values])
 
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
@@ -609,7 +585,10 @@ def train(args):
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         R, values = reward.score(images, prompts, metadata)
         normalized_reward = rewards.normalize(R, reward.range).to(device)
-        R = torch.cat(gather(R))  # of all processes
+        shards = [R] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(shards, R)
+        R = torch.cat(shards)
         targets = reward_targets(R, K, args.advantage_clip)[RANK * N :][:N].to(device)
         if not args.anchor_adaptive:
             normalized_reward = torch.ones_like(normalized_reward)
@@ -630,7 +609,11 @@ def train(args):
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / args.steps_per_epoch * term.detach()
-            average([p.grad for p in parameters])
+            if WORLD_SIZE > 1:
+                gradients = [p.grad for p in parameters]
+                flat = nn.utils.parameters_to_vector(gradients)
+                dist.all_reduce(flat)
+                nn.utils.vector_to_parameters(flat / WORLD_SIZE, gradients)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / args.steps_per_epoch
             optimizer.step()

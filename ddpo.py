@@ -162,9 +162,7 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     return gaussian_step(alpha_next.sqrt() * x0 + direction, std, x_next, generator)
 
 
-def flow_sde_step(
-    v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=None, generator=None
-):
+def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=None, generator=None):
     """A step of the SDE with the marginals of the flow's ODE, and its log-probability.
 
     (Flow-GRPO, arXiv 2505.05470, eq. 9.) With dt = sigma_next - sigma and s = noise_level
@@ -434,7 +432,7 @@ def checkpoint(block, *inputs):
     return Checkpoint.apply(block, trigger, *inputs)
 
 
-# The models: all that another model has in another form. `i` counts the sampler's steps from 0.
+# The models: what to rewrite for another one. `i` counts the sampler's steps from 0.
 
 
 class StableDiffusion:
@@ -554,23 +552,6 @@ def decode(pipe, latents):
 # The run
 
 
-def gather(value):
-    """The values of all processes of torchrun, in the order of their ranks."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def average(tensors):
-    """Replace tensors by their means over all processes, in one all-reduce."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor) / WORLD_SIZE)
-
-
 def train(args):
     """Sample, score, improve (paper, sec. 4). Returns the run's folder."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -665,7 +646,8 @@ def train(args):
         pipe.save_lora_weights(out, **{f"{model.prefix}_lora_layers": tensors})
         captions = [f"{r:.2f}  {prompt}" for r, (prompt, _) in zip(R.tolist(), held_out[:16])]
         rewards.contact_sheet(out / "images.png", images[:16], captions)
-        rewards.plot_curve(folder / "curve.png", metrics, ["reward", *values])
+        total = [] if reward.name in values else ["reward"]  # of a weighted sum
+        rewards.plot_curve(folder / "curve.png", metrics, [*total, *values])
 
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
@@ -691,8 +673,12 @@ def train(args):
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         R, values = reward.score(images, prompts, metadata)
-        R = torch.cat(gather(R))  # of all processes
-        A = statistics.advantages(sum(gather(prompts), ()), R, args.advantage_clip)
+        shards = [(prompts, R)] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(shards, (prompts, R))
+        R = torch.cat([R for _, R in shards])
+        everyones = [prompt for prompts, _ in shards for prompt in prompts]
+        A = statistics.advantages(everyones, R, args.advantage_clip)
         A = A[RANK * N :][:N].to(device)
         clock.append(time.perf_counter())
 
@@ -725,8 +711,12 @@ def train(args):
                 for name, term in terms.items():
                     totals[name] += scale / len(shares) * term.detach()
             if update == 0 and not is_regression:
-                values["first_ratio_error"] = totals["ratio_error"].item()
-            average([p.grad for p in parameters])
+                values["first_ratio_error"] = totals["ratio_error"].item() * len(shares)
+            if WORLD_SIZE > 1:
+                gradients = [p.grad for p in parameters]
+                flat = nn.utils.parameters_to_vector(gradients)
+                dist.all_reduce(flat)
+                nn.utils.vector_to_parameters(flat / WORLD_SIZE, gradients)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / len(shares)
             optimizer.step()

@@ -1,14 +1,14 @@
 """How tiny-sd3 was made, from nothing but Pillow's built-in fonts.
 
     python tiny-sd3/make.py             # about half an hour on 2 CPU cores
-    python tiny-sd3/make.py --parts detector recogniser
+    python tiny-sd3/make.py --parts detector recognizer
 
-Six things are trained, each on words drawn in white capitals on a coloured sign, one letter a cell:
+Six things are trained, each on words drawn in white capitals on a colored sign, one letter a cell:
 
   vae          AutoencoderKL, 32 x 64 pixels to 16 x 8 x 16 latents
   transformer  SD3Transformer2DModel and its two CLIP text encoders, by flow matching
   detector     PP-OCRv5's mobile detector, narrowed: which pixels belong to a line of text
-  recogniser   PP-OCRv6's tiny recogniser, narrowed: what a line of text says (CTC)
+  recognizer   PP-OCRv6's tiny recognizer, narrowed: what a line of text says (CTC)
   judge        a second pair of readers, of other architectures, on other letter shapes and other damage
   clip         CLIPModel, which reads the word and sees the color
 
@@ -320,8 +320,8 @@ def train_detector(folder, seed, build, rough=False, damage=degrade, steps=900, 
     save_ocr_model(model, settings, folder)
 
 
-def tiny_recogniser():
-    """PP-OCRv6's tiny recogniser at 90 thousand parameters."""
+def tiny_recognizer():
+    """PP-OCRv6's tiny recognizer at 90 thousand parameters."""
     backbone = PPLCNetV4Config(
         stem_channels=[3, 12, 16], stem_type="small", hidden_act="hardswish", out_features=["stage4"],
         block_configs=[[[3, 16, 16, 1, False]], [[3, 16, 24, 1, False]],
@@ -331,7 +331,7 @@ def tiny_recogniser():
         backbone_config=backbone, hidden_size=64, head_out_channels=1 + len(ALPHABET)))
 
 
-def train_recogniser(folder, seed, build, width=192, rough=False, damage=degrade, steps=1500, batch=64):
+def train_recognizer(folder, seed, build, width=192, rough=False, damage=degrade, steps=1500, batch=64):
     """A model that reads lines of text cut from damaged signs, as a detector might cut them; CTC. Lines
     are scaled to 48 pixels of height and at most `width`."""
     torch.manual_seed(seed)
@@ -344,7 +344,7 @@ def train_recogniser(folder, seed, build, width=192, rough=False, damage=degrade
     words, pixels, boxes = [w for w in words if w], *(t[[bool(w) for w in words]] for t in (pixels, boxes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1e-4)
     schedule = warm_up_then_decay(optimizer, steps, 50)
-    for _ in (bar := tqdm(range(steps), desc="recogniser")):
+    for _ in (bar := tqdm(range(steps), desc="recognizer")):
         rows = torch.randint(len(pixels), (batch,))
         air = torch.empty(batch, 4).uniform_(0, 3.5) * torch.tensor([-1, -1, 1, 1])
         cuts = (boxes[rows] + air).round().long().clamp(min=0).tolist()
@@ -378,8 +378,8 @@ def small_detector():
         backbone_config=backbone, neck_out_channels=32, layer_list_out_channels=[16, 24, 32, 48]))
 
 
-def server_recogniser():
-    """PP-OCRv5's server recogniser at 122 thousand parameters."""
+def server_recognizer():
+    """PP-OCRv5's server recognizer at 122 thousand parameters."""
     backbone = HGNetV2Config(
         stem_channels=[3, 8, 12], stem_strides=[2, 1, 1, 1, 1], stage_in_channels=[12, 24, 32, 48],
         stage_mid_channels=[12, 16, 24, 32], stage_out_channels=[24, 32, 48, 96], stage_num_blocks=[1] * 4,
@@ -392,7 +392,7 @@ def server_recogniser():
 
 def train_judge(out, seed):
     train_detector(out / "judge/ocr-det", seed + 10, small_detector, True, spoil)
-    train_recogniser(out / "judge/ocr-rec", seed + 10, server_recogniser, 128, True, spoil)
+    train_recognizer(out / "judge/ocr-rec", seed + 10, server_recognizer, 128, True, spoil)
 
 
 def near_misses(prompt, rng):
@@ -446,7 +446,7 @@ def train_clip(out, seed, steps=1200, batch=96):
 
 PARTS = {"vae": train_vae, "transformer": train_transformer,
          "detector": lambda out, seed: train_detector(out / "ocr-det", seed, mobile_detector),
-         "recogniser": lambda out, seed: train_recogniser(out / "ocr-rec", seed, tiny_recogniser),
+         "recognizer": lambda out, seed: train_recognizer(out / "ocr-rec", seed, tiny_recognizer),
          "judge": train_judge, "clip": train_clip}
 
 if __name__ == "__main__":
