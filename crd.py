@@ -43,10 +43,11 @@ import os
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import diffusers
@@ -54,7 +55,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers import HfArgumentParser
 
 import rewards
 
@@ -64,59 +65,65 @@ TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 DECAY = "per epoch, of an EMA of the policy: start step, start value, slope per step, end value"
 
 
+def arg(default, help):
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Settings:
     """Everything a run depends on. A preset is a set of other defaults; flags override it."""
 
     # model
-    preset: Literal["ocr", "geneval", "tiny"] | None = HfArg(default=None, help="default: reward's")
-    model: str = HfArg(default="stabilityai/stable-diffusion-3.5-medium", help="folder or repo")
-    dtype: Literal["bf16", "fp32"] | None = HfArg(default=None, help="default: bf16 on CUDA only")
-    height: int = HfArg(default=512, help="in pixels")
-    width: int = HfArg(default=512, help="in pixels")
-    max_sequence_length: int = HfArg(default=128, help="T5 tokens per prompt")
-    rank: int = HfArg(default=32, help="LoRA rank")
-    alpha: float = HfArg(default=64, help="the LoRA scale is alpha / rank")
-    lora: str | None = HfArg(default=None, help="folder of a LoRA to start from")
+    preset: Literal["ocr", "geneval", "tiny"] | None = arg(None, "default: reward's")
+    model: str = arg("stabilityai/stable-diffusion-3.5-medium", "folder or repo")
+    dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
+    height: int = arg(512, "in pixels")
+    width: int = arg(512, "in pixels")
+    max_sequence_length: int = arg(128, "T5 tokens per prompt")
+    rank: int = arg(32, "LoRA rank")
+    alpha: float = arg(64, "the LoRA scale is alpha / rank")
+    lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = HfArg(default="ocr", help="name[@path-or-repo][:weight], joined by commas")
-    prompts: str | None = HfArg(default=None, help="set or file; default: the reward's own")
-    groups: int = HfArg(default=48, help="prompts per epoch")
-    group_size: int = HfArg(default=24, help="images per prompt, K")
-    rollout_steps: int = HfArg(default=10, help="sampler steps of a rollout")
-    sample_batch: int = HfArg(default=24, help="images sampled at once")
+    reward: str = arg("ocr", "name[@path-or-repo][:weight], joined by commas")
+    prompts: str | None = arg(None, "set or file; default: the reward's own")
+    groups: int = arg(48, "prompts per epoch")
+    group_size: int = arg(24, "images per prompt, K")
+    rollout_steps: int = arg(10, "sampler steps of a rollout")
+    sample_batch: int = arg(24, "images sampled at once")
     # loss
-    beta: float = HfArg(default=1.0, help="scale of the implicit reward beta * rho")
-    tau: float = HfArg(default=math.inf, help="softmax temperature of the group mean; inf: plain")
-    advantage_clip: float = HfArg(default=5.0, help="A_max; a larger one shrinks rho's target")
-    reward_weight: float = HfArg(default=1.0, help="of the CRD loss; 0: the anchor alone")
-    anchor: float = HfArg(default=0.1, help="kappa, the anchor's largest weight; 0: no anchor")
-    anchor_guidance: float = HfArg(default=4.5, help="guidance of the anchor; 1: unguided")
-    anchor_adaptive: bool = HfArg(default=True, help="kappa_i grows with the image's reward")
-    train_timesteps: int = HfArg(default=9, help="sigmas per step, drawn from the rollout's")
+    beta: float = arg(1.0, "scale of the implicit reward beta * rho")
+    tau: float = arg(math.inf, "softmax temperature of the group mean; inf: plain")
+    advantage_clip: float = arg(5.0, "A_max; a larger one shrinks rho's target")
+    reward_weight: float = arg(1.0, "of the CRD loss; 0: the anchor alone")
+    anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
+    anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
+    anchor_adaptive: bool = arg(True, "kappa_i grows with the image's reward")
+    train_timesteps: int = arg(9, "sigmas per step, drawn from the rollout's")
     # optimization
-    epochs: int = HfArg(default=300, help="in all; 0: only evaluate")
-    steps_per_epoch: int = HfArg(default=1, help="optimizer steps, each on a share of the groups")
-    micro_batch: int = HfArg(default=24, help="images per forward and backward pass")
-    lr: float = HfArg(default=3e-4, help="AdamW learning rate")
-    weight_decay: float = HfArg(default=1e-4, help="AdamW weight decay")
-    old_decay: list[float] = HfArg(default_factory=lambda: [0, 0.25, 0.001, 0.5], help=DECAY)
-    sampler_decay: list[float] = HfArg(default_factory=lambda: [0, 0, 0.001, 0.5], help=DECAY)
-    ema: float = HfArg(default=0.9, help="decay of the EMA that is evaluated and saved")
-    grad_checkpoint: bool = HfArg(default=True, help="recompute blocks in the backward pass")
-    compile: bool = HfArg(default=False, help="torch.compile each transformer block")
+    epochs: int = arg(300, "in all; 0: only evaluate")
+    steps_per_epoch: int = arg(1, "optimizer steps, each on a share of the groups")
+    micro_batch: int = arg(24, "images per forward and backward pass")
+    lr: float = arg(3e-4, "AdamW learning rate")
+    weight_decay: float = arg(1e-4, "AdamW weight decay")
+    old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
+    sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
+    ema: float = arg(0.9, "decay of the EMA that is evaluated and saved")
+    grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
+    compile: bool = arg(False, "torch.compile each transformer block")
     # run
-    name: str | None = HfArg(default=None, help="the run's folder is runs/NAME")
-    seed: int = HfArg(default=0, help="same seed, same run, if kernels are deterministic")
-    device: str | None = HfArg(default=None, help="default: cuda if there is one")
-    eval_every: int = HfArg(default=10, help="epochs between evaluations")
-    eval_images: int = HfArg(default=128, help="held-out prompts, always with the same noise")
-    eval_steps: int = HfArg(default=40, help="sampler steps of an evaluation")
-    eval_guidance: float = HfArg(default=1.0, help="of evaluations; rollouts have none")
-    eval_rewards: str | None = HfArg(default=None, help="held-out rewards, like --reward")
-    eval_prompts: str | None = HfArg(default=None, help="evaluate on all prompts of this file")
-    resume: str | None = HfArg(default=None, help="continue the run in this folder")
-    wandb: str | None = HfArg(default=None, help="also log to this Weights & Biases project")
+    name: str | None = arg(None, "the run's folder is runs/NAME")
+    seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
+    device: str | None = arg(None, "default: cuda if there is one")
+    eval_every: int = arg(10, "epochs between evaluations")
+    eval_images: int = arg(128, "held-out prompts, always with the same noise")
+    eval_steps: int = arg(40, "sampler steps of an evaluation")
+    eval_guidance: float = arg(1.0, "of evaluations; rollouts have none")
+    eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
+    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
+    resume: str | None = arg(None, "continue the run in this folder")
+    wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
@@ -181,7 +188,7 @@ def add_noise(x0, noise, sigma):
 
 
 def implicit_reward(v, v_old, u):
-    """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,).
+    """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
     By the ELBO, minus a denoising error stands for a log-likelihood (paper, sec. 3). The adaptive
     weights m = mean |v - u|, detached, even out the sigmas (DiffusionNFT, arXiv 2509.16117; there
@@ -189,7 +196,7 @@ def implicit_reward(v, v_old, u):
     """
 
     def weighted_error(prediction):
-        error = (prediction - u).flatten(1)
+        error = (prediction.float() - u.float()).flatten(1)  # in bf16 it would drown rho
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
 
@@ -637,6 +644,10 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        everyones = [values] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(everyones, values)
+        values = {name: fmean(v[name] for v in everyones if name in v) for name in values}
         if RANK > 0:
             continue
         log("train", R, values)

@@ -39,10 +39,11 @@ import os
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import diffusers
@@ -50,7 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers import HfArgumentParser
 
 import rewards
 
@@ -59,57 +60,63 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 
 
+def arg(default, help):
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Settings:
     """Everything a run depends on. A preset is a set of other defaults; flags override it."""
 
     # model
-    preset: Literal["sd1", "sd3", "tiny"] = HfArg(default="sd1", help="a set of other defaults")
-    model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="folder or repo")
-    dtype: Literal["bf16", "fp32"] | None = HfArg(default=None, help="default: bf16 on CUDA only")
-    height: int = HfArg(default=512, help="in pixels")
-    width: int = HfArg(default=512, help="in pixels")
-    max_sequence_length: int = HfArg(default=128, help="T5 tokens per prompt")
-    rank: int = HfArg(default=16, help="LoRA rank")
-    alpha: float = HfArg(default=32, help="the LoRA scale is alpha / rank")
-    lora: str | None = HfArg(default=None, help="folder of a LoRA to start from")
+    preset: Literal["sd1", "sd3", "tiny"] = arg("sd1", "a set of other defaults")
+    model: str = arg("CompVis/stable-diffusion-v1-4", "folder or repo")
+    dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
+    height: int = arg(512, "in pixels")
+    width: int = arg(512, "in pixels")
+    max_sequence_length: int = arg(128, "T5 tokens per prompt")
+    rank: int = arg(16, "LoRA rank")
+    alpha: float = arg(32, "the LoRA scale is alpha / rank")
+    lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = HfArg(default="compressibility", help="name[@path-or-repo][:weight], by commas")
-    prompts: str | None = HfArg(default=None, help="set or file; default: the reward's own")
-    images: int = HfArg(default=256, help="images per epoch")
-    group_size: int = HfArg(default=1, help="images per prompt in an epoch")
-    steps: int = HfArg(default=50, help="denoising steps")
-    random_steps: int = HfArg(default=50, help="first steps, with noise; only they are trained on")
-    guidance: float = HfArg(default=5.0, help="classifier-free guidance, in training, too")
-    eta: float = HfArg(default=1.0, help="noise of DDIM's step (Stable Diffusion 1.x)")
-    noise_level: float = HfArg(default=0.7, help="noise of the flow's SDE (Stable Diffusion 3)")
-    micro_batch: int = HfArg(default=8, help="images at once, in sampling as in training")
+    reward: str = arg("compressibility", "name[@path-or-repo][:weight], by commas")
+    prompts: str | None = arg(None, "set or file; default: the reward's own")
+    images: int = arg(256, "images per epoch")
+    group_size: int = arg(1, "images per prompt in an epoch")
+    steps: int = arg(50, "denoising steps")
+    random_steps: int = arg(50, "first steps, with noise; only they are trained on")
+    guidance: float = arg(5.0, "classifier-free guidance, in training, too")
+    eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
+    noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
+    micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
-    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = HfArg(default="is", help="or a baseline")
-    updates: int = HfArg(default=4, help="optimizer steps per epoch; sf: 1")
-    clip: float = HfArg(default=1e-4, help="is: ratios are clipped to 1 +- this")
-    advantage_clip: float = HfArg(default=5.0, help="advantages are clipped to +-this")
-    stat_buffer: int = HfArg(default=32, help="rewards of a prompt to take mean and std of")
-    stat_min: int = HfArg(default=16, help="below this count, use the epoch's statistics")
-    temperature: float = HfArg(default=0.2, help="rwr: weights are softmax(advantage / this)")
-    keep: float = HfArg(default=0.1, help="rwr-sparse: share of the images that is trained on")
+    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "or a baseline")
+    updates: int = arg(4, "optimizer steps per epoch; sf: 1")
+    clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
+    advantage_clip: float = arg(5.0, "advantages are clipped to +-this")
+    stat_buffer: int = arg(32, "rewards of a prompt to take mean and std of")
+    stat_min: int = arg(16, "below this count, use the epoch's statistics")
+    temperature: float = arg(0.2, "rwr: weights are softmax(advantage / this)")
+    keep: float = arg(0.1, "rwr-sparse: share of the images that is trained on")
     # optimization
-    epochs: int = HfArg(default=100, help="in all; 0: only evaluate")
-    lr: float = HfArg(default=3e-4, help="AdamW learning rate")
-    weight_decay: float = HfArg(default=1e-4, help="AdamW weight decay")
-    ema: float = HfArg(default=0.9, help="decay of the EMA that is evaluated and saved")
-    grad_checkpoint: bool = HfArg(default=True, help="recompute blocks in the backward pass")
-    compile: bool = HfArg(default=False, help="torch.compile each block")
+    epochs: int = arg(100, "in all; 0: only evaluate")
+    lr: float = arg(3e-4, "AdamW learning rate")
+    weight_decay: float = arg(1e-4, "AdamW weight decay")
+    ema: float = arg(0.9, "decay of the EMA that is evaluated and saved")
+    grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
+    compile: bool = arg(False, "torch.compile each block")
     # run
-    name: str | None = HfArg(default=None, help="the run's folder is runs/NAME")
-    seed: int = HfArg(default=0, help="same seed, same run, if kernels are deterministic")
-    device: str | None = HfArg(default=None, help="default: cuda if there is one")
-    eval_every: int = HfArg(default=10, help="epochs between evaluations")
-    eval_images: int = HfArg(default=128, help="held-out prompts, always with the same noise")
-    eval_rewards: str | None = HfArg(default=None, help="held-out rewards, like --reward")
-    eval_prompts: str | None = HfArg(default=None, help="evaluate on all prompts of this file")
-    resume: str | None = HfArg(default=None, help="continue the run in this folder")
-    wandb: str | None = HfArg(default=None, help="also log to this Weights & Biases project")
+    name: str | None = arg(None, "the run's folder is runs/NAME")
+    seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
+    device: str | None = arg(None, "default: cuda if there is one")
+    eval_every: int = arg(10, "epochs between evaluations")
+    eval_images: int = arg(128, "held-out prompts, always with the same noise")
+    eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
+    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
+    resume: str | None = arg(None, "continue the run in this folder")
+    wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
@@ -677,8 +684,8 @@ def train(args):
         if WORLD_SIZE > 1:
             dist.all_gather_object(shards, (prompts, R))
         R = torch.cat([R for _, R in shards])
-        everyones = [prompt for prompts, _ in shards for prompt in prompts]
-        A = statistics.advantages(everyones, R, args.advantage_clip)
+        all_prompts = [prompt for prompts, _ in shards for prompt in prompts]
+        A = statistics.advantages(all_prompts, R, args.advantage_clip)
         A = A[RANK * N :][:N].to(device)
         clock.append(time.perf_counter())
 
@@ -735,6 +742,10 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        everyones = [values] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(everyones, values)
+        values = {name: fmean(v[name] for v in everyones if name in v) for name in values}
         if RANK > 0:
             continue
         log("train", R, values)

@@ -149,7 +149,7 @@ def test_add_noise_goes_straight_from_image_to_noise(shape):
 @any_shape
 def test_implicit_reward_compares_the_two_denoising_errors(shape):
     """Over all of an image's latents, whatever their shape, each error over its own mean |v - u|."""
-    v, v_old, u = (randn(*shape, seed=seed, dtype=torch.float64) for seed in range(3))
+    v, v_old, u = (randn(*shape, seed=seed) for seed in range(3))
     expected = []
     for i in range(4):
         error = (v[i] - u[i]).square().mean() / (v[i] - u[i]).abs().mean()
@@ -165,8 +165,14 @@ def test_implicit_reward_is_0_at_the_reference_and_positive_for_a_better_policy(
     assert crd.implicit_reward(u, v_old, u).isfinite().all()  # nothing is divided by zero
 
 
+def test_implicit_reward_computes_in_float32():
+    v, v_old, u = randn(3, 8, 2, 3, 3).bfloat16()
+    rho = crd.implicit_reward(v, v_old, u)
+    assert torch.equal(rho, crd.implicit_reward(v.float(), v_old.float(), u.float()))
+
+
 def test_the_adaptive_weights_have_no_gradient():
-    v, v_old, u = randn(3, 8, 2, 3, 3, dtype=torch.float64)
+    v, v_old, u = randn(3, 8, 2, 3, 3)
     m = (v - u).abs().mean((1, 2, 3), keepdim=True)
     v.requires_grad_()
     crd.implicit_reward(v, v_old, u).sum().backward()
@@ -752,6 +758,7 @@ def test_two_processes_stay_identical_and_finish(run, script):
     lines = read_metrics(Path("runs/two"))
     assert [line["epoch"] for line in lines] == [0, 1, 2, 2]
     assert lines[-1]["images"] == 2 * 8
+    assert lines[1]["reward"] == pytest.approx(lines[1]["incompressibility"])
     assert read_state(Path("runs/two"))["progress"]["epoch"] == 2
 
 
