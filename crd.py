@@ -490,8 +490,10 @@ def train(args):
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.groups * K // WORLD_SIZE  # images per epoch of this process
-    assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny"
-    assert RANK or args.resume or not folder.exists(), f"{folder} exists: --resume it, or --name"
+    can_run = device.type != "cpu" or args.device or Path(args.model).exists()
+    assert can_run, f"{args.model} needs a GPU, and there is none here: try --preset tiny"
+    is_free = RANK or args.resume or not folder.exists()
+    assert is_free, f"{folder} exists: --resume it, or choose another --name"
     assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
     assert args.groups % (args.steps_per_epoch * WORLD_SIZE) == 0, "--groups: do not divide evenly"
     assert args.micro_batch % K == 0 and K > 1, "--micro-batch: no multiple of --group-size > 1"
@@ -678,8 +680,9 @@ def parse(argv=None):
     name = "-".join(["crd", flags.preset or "-".join(names), f"seed{flags.seed}"])
     defaults = {"preset": preset, "name": name, **PRESETS[preset]}
     if flags.resume:
-        saved = json.loads(Path(flags.resume, "args.json").read_text())
-        defaults = asdict(Settings(**saved))
+        defaults = json.loads(Path(flags.resume, "args.json").read_text())
+        is_ours = defaults.keys() == asdict(Settings()).keys()
+        assert is_ours, f"{flags.resume} holds no run of crd.py"
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)[0]
 

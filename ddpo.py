@@ -570,8 +570,10 @@ def train(args):
     K = args.group_size
     N = args.images // WORLD_SIZE  # images per epoch of this process
     is_regression = args.algorithm in ("rwr", "rwr-sparse")
-    assert device.type != "cpu" or args.device or Path(args.model).exists(), "no GPU: --preset tiny"
-    assert RANK or args.resume or not folder.exists(), f"{folder} exists: --resume it, or --name"
+    can_run = device.type != "cpu" or args.device or Path(args.model).exists()
+    assert can_run, f"{args.model} needs a GPU, and there is none here: try --preset tiny"
+    is_free = RANK or args.resume or not folder.exists()
+    assert is_free, f"{folder} exists: --resume it, or choose another --name"
     assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
     assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
@@ -776,8 +778,9 @@ def parse(argv=None):
         defaults["updates"] = 1
     defaults["name"] = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
     if flags.resume:
-        saved = json.loads(Path(flags.resume, "args.json").read_text())
-        defaults = asdict(Settings(**saved))
+        defaults = json.loads(Path(flags.resume, "args.json").read_text())
+        is_ours = defaults.keys() == asdict(Settings()).keys()
+        assert is_ours, f"{flags.resume} holds no run of ddpo.py"
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)[0]
 

@@ -1027,8 +1027,11 @@ def test_mistakes_are_refused_before_anything_is_loaded(run, monkeypatch, script
 @in_both_scripts
 def test_a_runs_folder_is_not_taken_twice(run, script):
     run(script, "run", 0)
-    with pytest.raises(AssertionError, match="--resume"):
+    with pytest.raises(AssertionError, match="runs/run exists: --resume it"):
         run(script, "run", 0)
+    other = ddpo if script is crd else crd
+    with pytest.raises(AssertionError, match=f"runs/run holds no run of {other.__name__}.py"):
+        resume(other, "runs/run")
 
 
 NEAR = {"rtol": 1e-3, "atol": 1e-4}
