@@ -195,20 +195,20 @@ class PromptStatistics:
     def __init__(self, buffer=32, minimum=16):
         self.buffer = buffer
         self.minimum = minimum
-        self.rewards = {}  # prompt: list of float
+        self.history = {}  # prompt: list of float
 
     def advantages(self, prompts, R, clip=5.0):
         """prompts: N str; R (N,), remembered from now on -> (N,), clipped to +-clip."""
         R = R.double()  # in float32, rounding would give equal rewards an advantage
         for prompt, reward in zip(prompts, R.tolist()):
-            history = self.rewards.get(prompt, []) + [reward]
-            self.rewards[prompt] = history[-self.buffer :]
+            recent = self.history.get(prompt, []) + [reward]
+            self.history[prompt] = recent[-self.buffer :]
         A = torch.empty_like(R)
         for i, prompt in enumerate(prompts):
-            history = R.new_tensor(self.rewards[prompt])
-            if len(history) < self.minimum:
-                history = R
-            A[i] = (R[i] - history.mean()) / (history.std(correction=0) + 1e-6)
+            recent = R.new_tensor(self.history[prompt])
+            if len(recent) < self.minimum:
+                recent = R
+            A[i] = (R[i] - recent.mean()) / (recent.std(correction=0) + 1e-6)
         return A.clamp(-clip, clip).float()
 
 
@@ -626,7 +626,7 @@ def train(args):
         optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
         progress = state["progress"]
         metrics = state["metrics"]
-        statistics.rewards = state["statistics"]
+        statistics.history = state["statistics"]
     assert progress["epoch"] <= args.epochs, f"{folder} already has {progress['epoch']} epochs"
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -756,7 +756,7 @@ def train(args):
         tensors = model.network.state_dict()
         adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
         state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
-        state |= {"progress": progress, "metrics": metrics, "statistics": statistics.rewards}
+        state |= {"progress": progress, "metrics": metrics, "statistics": statistics.history}
         torch.save(state, folder / "state.aside")
         (folder / "state.aside").replace(folder / "state.pt")
         if args.wandb:
