@@ -148,7 +148,7 @@ def test_add_noise_goes_straight_from_image_to_noise(shape):
 
 @any_shape
 def test_implicit_reward_compares_the_two_denoising_errors(shape):
-    """Over all of an image's latents, whatever their shape, each error over its own mean |v - u|."""
+    """Over all of an image's latents, whatever their shape, each over its own mean |v - u|."""
     v, v_old, u = (randn(*shape, seed=seed) for seed in range(3))
     expected = []
     for i in range(4):
@@ -235,7 +235,9 @@ def test_the_optimum_has_no_loss(monkeypatch):
     """
     x0, noise, g = randn(3, 4, 2, 3, 3, dtype=torch.float64)
     noise, g = noise[:1], g[:1]
-    m, s, beta = 0.3, 0.5, 0.8
+    m = 0.3
+    s = 0.5
+    beta = 0.8
     sigma = torch.tensor(0.6, dtype=torch.float64)
     D = (1 - sigma) ** 2 * s**2 + sigma**2
     x = crd.add_noise(x0, noise, sigma)
@@ -309,7 +311,7 @@ def test_the_action_has_no_gradient():
 @any_shape
 @parametrize("eta", [0.0, 1.0])
 def test_ddim_step_is_diffusers(eta, shape):
-    """A batch may mix timesteps: the first, one in the middle, the last, which ends at the image."""
+    """A batch may mix timesteps: the first, some in the middle, the last, to the image."""
     scheduler = ddim_scheduler()
     t = scheduler.timesteps[[0, 20, 49, 10]]
     noise_pred = randn(*shape, seed=1)
@@ -568,7 +570,7 @@ def test_rho_is_exactly_0_where_the_policy_is_old(dtype, checkpointing):
 
 @parametrize("reward_weight, anchor", [(0.5, 0.2), (0.5, 0.0), (0.0, 0.2)])
 def test_the_objective_is_the_regression_plus_the_anchor(reward_weight, anchor):
-    """Of the policy, against `old` and against the guided pretrained model; each can be left out."""
+    """Of the policy, against `old` and the guided pretrained model; each can be left out."""
     x0 = randn(8, 2, 3)
     noise = randn(8, 2, 3, seed=1)
     sigma = torch.tensor(0.7)
@@ -581,7 +583,9 @@ def test_the_objective_is_the_regression_plus_the_anchor(reward_weight, anchor):
 
     args = crd.Settings(group_size=4, reward_weight=reward_weight, anchor=anchor)
     terms = crd.objective(predict, x0, noise, sigma, TARGETS.float(), R.float(), args)
-    v, v_old, v_ref = x + 0.1, x + 0.2, 4.5 * x + 0.5
+    v = x + 0.1
+    v_old = x + 0.2
+    v_ref = 4.5 * x + 0.5
     rho = crd.implicit_reward(v, v_old, u)
     expected = reward_weight * crd.crd_loss(rho, TARGETS.float(), 4)
     if anchor:
@@ -597,7 +601,8 @@ def test_guidance_extrapolates_from_the_unconditional_velocity():
     x = randn(2, 4, 8, 8, seed=4)
     with torch.no_grad():
         v_cond = crd.velocity(pipe, x, torch.tensor(0.7), cond)
-        v_uncond = crd.velocity(pipe, x, torch.tensor(0.7), [c.expand(2, *c.shape[1:]) for c in uncond])
+        both = [c.expand(2, *c.shape[1:]) for c in uncond]
+        v_uncond = crd.velocity(pipe, x, torch.tensor(0.7), both)
         v = crd.velocity(pipe, x, torch.tensor(0.7), cond, uncond, guidance=3.0)
     assert_close(v, v_uncond + 3 * (v_cond - v_uncond), rtol=1e-4, atol=1e-5)
 
@@ -777,7 +782,7 @@ def test_rollouts_use_sampler_and_evaluations_ema(run, monkeypatch):
 
 @in_both_scripts
 def test_a_run_starts_from_a_lora(run, script):
-    """`--epochs 0` evaluates it: the same images, hence the same reward; also in the other script."""
+    """`--epochs 0` evaluates it: the same images, hence the same reward. The other script, too."""
     folder = run(script, "run", 1, lr=0.01)
     lora = str(folder / "epoch-0001")
     expected = read_metrics(folder)[-1]["reward"]
@@ -841,7 +846,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run, monkeypatch, s
 
 
 def test_a_compiled_run_does_the_same(run, monkeypatch):
-    """Graphs by torch's compiler, operations by PyTorch: the CPU's compiled kernels take minutes."""
+    """With torch's graphs and PyTorch's kernels: to compile kernels takes minutes on a CPU."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))
     plain = run(crd, "plain", 1, grad_checkpoint=True)
@@ -882,8 +887,10 @@ def test_the_saved_lora_gives_the_same_image_in_diffusers(run, sd1, script):
 
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeypatch):
     """The score function, over many images, agrees with backpropagation through the chain."""
-    N, R = 2048, 2
-    args = short(ddpo, **sd1 | dict(width=4), algorithm="sf", height=4, random_steps=R, guidance=1.0)
+    N = 2048
+    R = 2
+    settings = sd1 | dict(width=4, height=4, algorithm="sf", random_steps=R, guidance=1.0)
+    args = short(ddpo, **settings)
     pipe, model = ddpo.load_pipeline(args, CPU)
     layers = ddpo.add_lora(model.network, model.target_modules, 2, 6, ddpo.ADAPTERS)
     policy = [p for p in model.network.parameters() if p.requires_grad]
@@ -1015,7 +1022,7 @@ def test_presets_are_the_papers_and_flags_override_them(script, flags, expected)
         (dict(group_size=3), "--group-size"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_loaded(run, monkeypatch, script, settings, message):
+def test_mistakes_are_refused_before_loading(run, monkeypatch, script, settings, message):
     words = ['a sign that says "one"', "a sign", *(f'the word "{i}"' for i in range(20))]
     Path("words.txt").write_text("\n".join(words))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
