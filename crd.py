@@ -399,6 +399,9 @@ def load_pipeline(args, device):
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     dtype = {"default": frozen, "vae": torch.float32}
     pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
+    is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
+    assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
     pipe.transformer.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
@@ -443,6 +446,8 @@ def velocity(pipe, x, sigma, cond, uncond=None, guidance=1.0):
 @torch.no_grad()
 def decode(pipe, latents):
     """Latents (N, C, h, w) -> N PIL images, eight of 512 px at once."""
+    if not latents.isfinite().all():
+        raise FloatingPointError("latents are not finite: is there a NaN in the LoRA?")
     images = []
     config = pipe.vae.config
     for z in latents.split(max(8 * 64 * 64 // latents[0, 0].numel(), 1)):

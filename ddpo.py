@@ -174,13 +174,13 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
 
     (Flow-GRPO, arXiv 2505.05470, eq. 9.) With dt = sigma_next - sigma and s = noise_level
     sqrt(sigma / (1 - sigma)), the mean is x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) /
-    (2 sigma)) dt, the standard deviation s sqrt(-dt). sigma_max, the schedule's second sigma,
-    stands in for sigma = 1 in the root. v, x, x_next (B, ...); sigmas () or (B,).
+    (2 sigma)) dt, the standard deviation s sqrt(-dt). In the root, sigma_max, the schedule's second
+    sigma, stands in for any sigma above it. v, x, x_next (B, ...); sigmas () or (B,).
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
     dt = sigma_next - sigma
-    s = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
+    s = noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
     mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     return gaussian_step(mean, s * (-dt).sqrt(), x_next, generator)
 
@@ -488,6 +488,9 @@ class StableDiffusion3:
     blocks = ("JointTransformerBlock",)
 
     def __init__(self, pipe, args, device):
+        is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+        is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
+        assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
         pipe.scheduler.set_timesteps(args.steps)
         self.network = pipe.transformer
         self.noise_level = args.noise_level
@@ -548,6 +551,8 @@ def encode(pipe, model, prompts):
 @torch.no_grad()
 def decode(pipe, latents):
     """Latents (N, C, h, w) -> N PIL images, eight of 512 px at once."""
+    if not latents.isfinite().all():
+        raise FloatingPointError("latents are not finite: is there a NaN in the LoRA?")
     images = []
     config = pipe.vae.config
     for z in latents.split(max(8 * 64 * 64 // latents[0, 0].numel(), 1)):

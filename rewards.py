@@ -20,6 +20,7 @@ import math
 import random
 import re
 import textwrap
+import unicodedata
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -248,16 +249,17 @@ def load_tensors(place, filename, renames):
 
 
 def quoted(prompt):
-    """The text between the prompt's first pair of double quotes; "" if there is none."""
-    match = re.search(r'"([^"]*)"', prompt)
-    return match[1].strip() if match else ""
+    """The text in the prompt's first double quotes; "" if there are none. An opening quote begins a
+    word: that of a 12" ruler does not."""
+    texts = re.findall(r'(?<!\w)"([^"]*)"', prompt)
+    return texts[0].strip() if texts else ""
 
 
 def edit_similarity(target, text):
     """1 if `target` is in `text`, else 1 - min(d, n) / n, for the Levenshtein distance d and the
-    target's length n. Case and spaces do not count."""
-    target = "".join(target.casefold().split())
-    text = "".join(text.casefold().split())
+    target's length n. Case, spaces and the Unicode form (NFKC) do not count."""
+    target = "".join(unicodedata.normalize("NFKC", target).casefold().split())
+    text = "".join(unicodedata.normalize("NFKC", text).casefold().split())
     if target in text:
         return 1.0
     row = list(range(len(text) + 1))  # row[j]: distance between target[:i] and text[:j]
@@ -404,7 +406,7 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
     core of each (Liao et al. 2020, arXiv 1911.08947): so boxes grow, maybe over the edge. Those
     that are thin, or low on average, are dropped."""
     labels = connected(text_map > threshold).cpu()
-    text_map = text_map.double().cpu()
+    text_map = text_map.cpu().double()
     boxes = []
     for label in labels[labels >= 0].unique():
         y, x = (labels == label).nonzero(as_tuple=True)
@@ -425,7 +427,7 @@ def connected(mask):
     index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     labels = torch.where(mask, index, -1)
     while True:
-        largest = F.max_pool2d(labels[None].double(), 3, stride=1, padding=1)[0].long()
+        largest = F.max_pool2d(labels[None].float(), 3, stride=1, padding=1)[0].long()
         # A label names a pixel, whose own label may be larger: this takes long steps.
         largest = torch.where(mask, largest.flatten()[largest], -1)
         if torch.equal(largest, labels):
@@ -1074,6 +1076,10 @@ def endless(source, split, rng):
         yield from rng.sample(pairs, len(pairs))
 
 
+def drop_nulls(entry):
+    return {key: value for key, value in entry.items() if value is not None}
+
+
 def read_prompts(source):
     """All pairs (prompt, metadata) of a file, or a generator's evaluation list."""
     if source in PROMPTS:
@@ -1085,7 +1091,7 @@ def read_prompts(source):
     for number, line in enumerate(lines, 1):
         if line.strip():
             is_json = Path(source).suffix == ".jsonl"
-            metadata = json.loads(line) if is_json else {"prompt": line}
+            metadata = json.loads(line, object_hook=drop_nulls) if is_json else {"prompt": line}
             prompt = metadata.pop("prompt").strip()
             pairs.append((prompt, {**metadata, "where": f"{source}, line {number}"}))
     return pairs

@@ -26,7 +26,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 import crd  # noqa: E402
@@ -348,10 +348,10 @@ def test_the_flow_sde_keeps_the_marginals(noise_level):
 
 @any_shape
 def test_flow_sde_step_by_hand(shape):
-    """At sigma = 1, sigma_max stands in below the root."""
+    """In the root, sigma_max stands in for every sigma above it: rounding can make 0.9999999 of 1."""
     v = randn(*shape)
     x = randn(*shape, seed=1)
-    sigma = torch.tensor([1.0, 0.8, 0.5, 0.2])
+    sigma = torch.tensor([0.9999999, 0.8, 0.5, 0.2])
     sigma_next = torch.tensor([0.8, 0.5, 0.2, 0.1])
     x_next, log_prob = ddpo.flow_sde_step(v, x, sigma, sigma_next, torch.tensor(0.8), 0.7, x)
     for i in range(4):
@@ -845,6 +845,37 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run, monkeypatch, s
         run(script, "run", 1)
 
 
+@in_both_scripts
+def test_images_that_are_not_finite_stop_the_run(run, script):
+    """A NaN in a LoRA draws black images, the best of all under compressibility."""
+    folder = run(script, "run", 0)
+    path = folder / "epoch-0000" / "pytorch_lora_weights.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = math.nan
+    save_file(tensors, path)
+    with pytest.raises(FloatingPointError, match="latents are not finite"):
+        run(script, "nan", 0, lora=str(folder / "epoch-0000"))
+
+
+@in_both_scripts
+@parametrize(
+    "scheduler",
+    [
+        diffusers.EulerDiscreteScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ],
+)
+def test_another_scheduler_is_refused(tmp_path, script, scheduler):
+    """EulerDiscrete's sigmas start at 157: training would go on, on noise."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        TINY, text_encoder_3=None, tokenizer_3=None, image_encoder=None, feature_extractor=None
+    )
+    pipe.register_modules(scheduler=scheduler)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(AssertionError, match="FlowMatchEulerDiscreteScheduler"):
+        script.load_pipeline(short(script, model=str(tmp_path)), CPU)
+
+
 def test_a_compiled_run_does_the_same(run, monkeypatch):
     """With torch's graphs and PyTorch's kernels: to compile kernels takes minutes on a CPU."""
     compile = torch.nn.Module.compile
@@ -1079,9 +1110,18 @@ def test_ocr_compares_the_first_quoted_text(small):
     reward.read = lambda images: ["moon", "b"]
     prompts = ['a sign that says "moon", not "b"'] * 2
     assert scores_of(reward, [flat_image()] * 2, prompts).tolist() == [1, 0]
-    for prompt in ("a sign", 'an empty ""', 'one " only'):
+    for prompt in ("a sign", 'an empty ""', 'one " only', 'a 12" ruler'):
         with pytest.raises(ValueError, match="it needs a text between double quotes"):
             reward.check(prompt, {})
+
+
+def test_an_opening_quote_begins_a_word():
+    assert rewards.quoted('a 12" ruler that says "hello", not "b"') == "hello"
+    assert rewards.quoted('("hi")') == "hi"
+
+
+def test_an_accented_letter_may_be_composed_or_not():
+    assert rewards.edit_similarity("caf\u00e9", "cafe\u0301") == 1
 
 
 LINE = (10, 5, 30, 13)
@@ -1329,6 +1369,16 @@ def test_each_line_of_a_file_is_for_training_or_for_evaluation(tmp_path, name, l
     prompt, metadata = rewards.read_prompts(source)[7]
     assert (prompt, metadata.pop("where")) == ("a 7 b", f"{source}, line 8")
     assert set(metadata) == ({"tag", "include", "exclude"} if "jsonl" in name else set())
+
+
+def test_null_is_absent_in_a_prompt_file(tmp_path):
+    """As data set exports write the metadata of GenEval."""
+    line = '{"prompt": "a", "exclude": null, "include": [{"class": "cat", "color": null}]}'
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    _, metadata = rewards.read_prompts(path)[0]
+    assert metadata["include"] == [{"class": "cat"}]
+    assert "exclude" not in metadata
 
 
 # Rewards that are models
