@@ -512,10 +512,11 @@ def train(args):
 
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
-    endless = itertools.cycle(rewards.prompts(source, "eval"))  # a short list comes again
-    held_out = list(itertools.islice(endless, args.eval_images))
     if args.eval_prompts:
         held_out = rewards.read_prompts(args.eval_prompts)
+    else:
+        endless = itertools.cycle(rewards.prompts(source, "eval"))  # a short list comes again
+        held_out = list(itertools.islice(endless, args.eval_images))
     rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
@@ -588,7 +589,8 @@ def train(args):
         generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Roll out: K images of each prompt with `sampler`, without guidance.
-        pairs = list(itertools.islice(rewards.prompts(source, "train", seed), N // K))
+        stream = rewards.prompts(source, "train", seed, whole_file=bool(args.eval_prompts))
+        pairs = list(itertools.islice(stream, N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0 = sample("sampler", noise, cond, args.rollout_steps)

@@ -7,18 +7,22 @@
 
     for prompt, metadata in prompts("ocr", "train", seed=0): ...
 
-To add a reward, subclass `Reward`, override `score_batch` (or `score_all`, which sees metadata) and
-add the class to `REWARDS`. Nothing is differentiated: any Python will do. A reward that fails stops
-the run; the policy would learn from a silent 0. No file of weights can run code. Each class says
-how its reward is hacked: log one that you do not train on beside it.
+Your own, `my_rewards.brightness`, is a function of (images, prompts, metadata) to B numbers, or a
+subclass of `Reward` that overrides `score_batch` (or `score_all`, which sees metadata). Nothing is
+differentiated: any Python will do. A reward that fails stops the run; the policy would learn from a
+silent 0. No file of weights can run code. Each class says how its reward is hacked: log one that
+you do not train on beside it.
 """
 
+import importlib
 import io
 import itertools
 import json
 import math
+import os
 import random
 import re
+import sys
 import textwrap
 import unicodedata
 import zlib
@@ -108,17 +112,44 @@ class WeightedSum(Reward):
 
 
 def parse_spec(spec):
-    """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas."""
+    """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas.
+
+    A path may have commas and colons: a comma separates if a reward's name follows, and a weight is
+    a number after the last colon. A name with a dot is the user's own, `my_rewards.brightness`."""
+    names = rf"(?:{'|'.join(REWARDS)}|[a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)+)"
+    pattern = rf"({names})(?:@(.+?))?(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?"
     parts = []
-    for item in spec.split(","):
-        match = re.fullmatch(r"(\w+)(?:@([^:]+))?(?::([-+.\de]+))?", item.strip())
+    for item in re.split(rf",\s*(?={names}(?:[@:,]|\s*$))", spec):
+        match = re.fullmatch(pattern, item.strip())
         if not match:
-            raise ValueError(f"malformed reward {item!r}: write name, name@path or name@path:0.5")
+            raise ValueError(
+                f"no reward is called {item!r}: write name, name@path or name@path:0.5, with "
+                f"one of {', '.join(REWARDS)}, or module.name of your own"
+            )
         name, path, weight = match.groups()
-        if name not in REWARDS:
-            raise ValueError(f"no reward is called {name!r}: choose from {', '.join(REWARDS)}")
         parts.append((name, path, float(weight or 1)))
     return parts
+
+
+def reward_class(name):
+    """The class of a name. One's own is a `Reward` subclass, or a function of (images, prompts,
+    metadata) to B numbers, in a module of the working directory."""
+    if name in REWARDS:
+        return REWARDS[name]
+    sys.path.insert(0, os.getcwd())
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    if isinstance(found, type):
+        return found
+
+    class FunctionReward(Reward):
+        range = getattr(found, "range", Reward.range)
+
+        def score_all(self, images, prompts, metadata):
+            return found(images, prompts, metadata), {}
+
+    FunctionReward.name = name
+    return FunctionReward
 
 
 def default_prompts(spec):
@@ -127,21 +158,22 @@ def default_prompts(spec):
     for name in ("ocr", "geneval"):  # they can score no other prompts
         if name in names:
             return name
-    return REWARDS[names[0]].prompts
+    return reward_class(names[0]).prompts
 
 
 def check(spec, pairs):
     """ValueError for a (prompt, metadata) that a reward cannot score, before anything is loaded."""
     for name, _, _ in parse_spec(spec):
+        kind = reward_class(name)
         for prompt, metadata in pairs:
-            REWARDS[name].check(prompt, metadata)
+            kind.check(prompt, metadata)
 
 
 def load(spec, device):
     """The Reward of a spec."""
     parts = []
     for name, path, weight in parse_spec(spec):
-        reward = REWARDS[name](path, torch.device(device))
+        reward = reward_class(name)(path, torch.device(device))
         if path:
             reward.name = f"{name}@{Path(path).absolute().name}"
         parts.append((weight, reward))
@@ -1051,25 +1083,27 @@ def held_out(text):
     return zlib.crc32(text.encode()) % 8 == 0
 
 
-def prompts(source, split, seed=0):
+def prompts(source, split, seed=0, whole_file=False):
     """Pairs (prompt, metadata) of a generator in `PROMPTS`, or of a .txt or .jsonl file.
 
     "train": without end, in an order that depends on the seed, an int or str. "eval": a fixed list
     of at most 512. None of its texts (`ocr`), words (`signs`), animals (`animals`) or other
-    prompts is ever trained on."""
+    prompts is ever trained on, unless all of a file is asked for."""
     if split == "train":
-        return endless(source, split, random.Random(seed))
+        return endless(source, split, random.Random(seed), whole_file)
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
     pairs = itertools.islice(endless(source, split, random.Random(0)), 2048)
     return list(dict(pairs).items())[:512]
 
 
-def endless(source, split, rng):
+def endless(source, split, rng, whole_file=False):
     if source in PROMPTS:  # a generator yields prompts, or pairs
         for item in PROMPTS[source](split, rng):
             prompt, metadata = (item, {}) if isinstance(item, str) else item
             yield prompt, {**metadata, "where": f"prompt generator {source}"}
-    pairs = [pair for pair in read_prompts(source) if held_out(pair[0]) == (split == "eval")]
+    pairs = read_prompts(source)
+    if not whole_file:
+        pairs = [pair for pair in pairs if held_out(pair[0]) == (split == "eval")]
     if not pairs:
         raise ValueError(f"{source} has no prompt for {split}: one in eight is for evaluation")
     while True:

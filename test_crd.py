@@ -348,7 +348,7 @@ def test_the_flow_sde_keeps_the_marginals(noise_level):
 
 @any_shape
 def test_flow_sde_step_by_hand(shape):
-    """In the root, sigma_max stands in for every sigma above it: rounding can make 0.9999999 of 1."""
+    """In the root, sigma_max stands in for any sigma above it: rounding can make 0.9999999 of 1."""
     v = randn(*shape)
     x = randn(*shape, seed=1)
     sigma = torch.tensor([0.9999999, 0.8, 0.5, 0.2])
@@ -809,6 +809,19 @@ def test_held_out_rewards_are_logged_beside_the_trained_one(run, script):
     assert before["incompressibility"] == pytest.approx(-before["compressibility"])
     assert "ocr@judge" in before
     assert "ocr@judge" not in train
+
+
+@in_both_scripts
+def test_a_run_trains_on_ones_own_reward_and_resumes(run, monkeypatch, script):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("run_rewards.py").write_text(
+        "def bright(images, prompts, metadata):\n"
+        "    return [sum(image.tobytes()) / 1e6 for image in images]\n"
+    )
+    settings = dict(reward="run_rewards.bright", eval_rewards="run_rewards.bright:-1")
+    folder = run(script, "run", 1, **settings)
+    resume(script, folder, "--epochs", "2")
+    assert read_metrics(folder)[-1]["run_rewards.bright"] > 0
 
 
 @parametrize(
@@ -1306,8 +1319,76 @@ def test_a_failing_part_stops_a_sum():
 
 
 def test_a_reward_that_does_not_exist_is_named_with_those_that_do():
-    with pytest.raises(ValueError, match="'ocrr': choose from ocr, geneval"):
+    with pytest.raises(ValueError, match="no reward is called 'ocrr': .* ocr, geneval"):
         rewards.load("ocrr", "cpu")
+
+
+SPECS = {
+    r"ocr@C:\models\tiny-sd3": [("ocr", r"C:\models\tiny-sd3", 1)],
+    "ocr@/a, b/tiny-sd3:2": [("ocr", "/a, b/tiny-sd3", 2)],
+    "ocr@/a,b/c,color:-0.5": [("ocr", "/a,b/c", 1), ("color", None, -0.5)],
+    "color:1e-3, mine.bright": [("color", None, 1e-3), ("mine.bright", None, 1)],
+}
+
+
+@parametrize("spec", SPECS)
+def test_a_path_may_have_commas_and_colons(spec):
+    assert rewards.parse_spec(spec) == SPECS[spec]
+
+
+OWN = """
+from rewards import Reward
+
+def bright(images, prompts, metadata):
+    return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+
+bright.range = (0, 2)
+
+class Dark(Reward):
+    name = "dark"
+    prompts = "signs"
+
+    def score_batch(self, images, prompts):
+        return [-score for score in bright(images, prompts, None)]
+
+def short(images, prompts, metadata):
+    return [0.5]
+
+def nan(images, prompts, metadata):
+    return [float("nan")] * len(images)
+"""
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """my_rewards.py in the working directory, imported anew."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    Path("own_rewards.py").write_text(OWN)
+
+
+def test_ones_own_reward_is_a_function_or_a_class(own):
+    reward = rewards.load("own_rewards.bright:2,own_rewards.Dark", "cpu")
+    assert reward.range == (0, 5)
+    assert rewards.default_prompts("own_rewards.Dark") == "signs"
+    R, values = reward.score([flat_image()], ["a"], [{}])
+    assert R.item() == pytest.approx(values["own_rewards.bright"])
+    assert values["dark"] == -values["own_rewards.bright"] < 0
+
+
+@parametrize("name", ["own_rewards.short", "own_rewards.nan"])
+def test_ones_own_reward_that_fails_is_named(own, name):
+    reward = rewards.load(name, "cpu")
+    with pytest.raises(RuntimeError, match=f"^reward {name} failed: 2 images got the scores"):
+        scores_of(reward, [flat_image()] * 2)
+
+
+def test_ones_own_reward_that_is_not_there_is_named(own):
+    with pytest.raises(AttributeError, match="'own_rewards' has no attribute 'brigth'"):
+        rewards.load("own_rewards.brigth", "cpu")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'my_rewrads'"):
+        rewards.load("my_rewrads.bright", "cpu")
 
 
 def test_a_prompt_that_cannot_be_scored_is_refused_by_file_and_line(tmp_path):
@@ -1353,6 +1434,14 @@ GENEVAL_LINE = (
     '{"tag": "counting", "include": [{"class": "clock", "count": 2}], '
     '"exclude": [{"class": "clock", "count": 3}], "prompt": "%s"}'
 )
+
+
+def test_all_of_a_file_is_trained_on_if_evaluation_has_another(tmp_path):
+    path = tmp_path / "words.txt"
+    words = [f"a {i} b" for i in range(40)]
+    path.write_text("\n".join(words))
+    stream = rewards.prompts(str(path), "train", whole_file=True)
+    assert {prompt for prompt, _ in itertools.islice(stream, 40)} == set(words)
 
 
 @parametrize("name, line", [("words.txt", "%s"), ("metadata.jsonl", GENEVAL_LINE)])
