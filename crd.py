@@ -264,8 +264,8 @@ class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
     `active` names the one in use; None: as pretrained. B is zero-initialized. The first adapter is
-    trained, the others start as its copies: averaging the A and B of two adapters averages their
-    updates B A only as long as they share an initialization.
+    trained, the others start as its copies: averaging A and B comes close to averaging the updates
+    B A only while the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -419,13 +419,16 @@ def encode(pipe, prompts, args):
     """N prompts -> [embeddings (N, L, D), pooled (N, P)]. The encoders visit the device."""
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
-    encoders = [encoder.to(device) for encoder in encoders if encoder is not None]
+    encoders = [encoder for encoder in encoders if encoder is not None]
+    weights = [encoder.state_dict() for encoder in encoders]  # they stay on the CPU
+    for encoder in encoders:
+        encoder.to(device)
     embeds, _, pooled, _ = pipe.encode_prompt(
         prompts, None, None, device, do_classifier_free_guidance=False,
         max_sequence_length=args.max_sequence_length,
     )  # fmt: skip
-    for encoder in encoders:
-        encoder.to("cpu")
+    for encoder, tensors in zip(encoders, weights):
+        encoder.load_state_dict(tensors, assign=True)  # drops the device's, copies nothing back
     return [embeds, pooled]
 
 

@@ -7,7 +7,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
 3. There is no critic. The baseline is each prompt's own running mean of the reward.
 4. Log-probabilities are averaged over an image's latents, so ratios hardly leave 1, and the clip is
-   as small as 1e-4. Sampling and training must agree to the last bit: see `first_ratio_error`.
+   as small as 1e-4. A rounding difference between sampling and training would look like a change of
+   the policy: `first_ratio_error` logs it, and should be exactly 0.
 
     c, t, x            state: the prompt, the step, the noisy latents
     x_next             action: the latents after the step, one drawn from the sampler's Gaussian
@@ -86,7 +87,7 @@ class Settings:
     images: int = arg(256, "images per epoch")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
-    random_steps: int = arg(50, "first steps, with noise; only they are trained on")
+    random_steps: int = arg(50, "so many steps have noise and are trained on; the rest have none")
     guidance: float = arg(5.0, "classifier-free guidance, in training, too")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
@@ -97,7 +98,7 @@ class Settings:
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     advantage_clip: float = arg(5.0, "advantages are clipped to +-this")
     stat_buffer: int = arg(32, "rewards of a prompt to take mean and std of")
-    stat_min: int = arg(16, "below this count, use the epoch's statistics")
+    stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     temperature: float = arg(0.2, "rwr: weights are softmax(advantage / this)")
     keep: float = arg(0.1, "rwr-sparse: share of the images that is trained on")
     # optimization
@@ -143,7 +144,7 @@ def gaussian_step(mean, std, x_next=None, generator=None):
     """Draw x_next from N(mean, std^2) unless it is given -> x_next (B, ...), its log_prob (B,).
 
     The log-probability is averaged, not summed, over an image's D latents, as in the authors' code:
-    ratios are densities' to the power of 1 / D. The paper's clip of 1e-4 is made for D = 16,384.
+    a ratio is that of the densities to the power of 1 / D. The clip of 1e-4 is for D = 16,384.
     """
     if x_next is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -256,7 +257,7 @@ def guided(model, x, i, cond, uncond, guidance):
 def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     """The loss of step i, from x to x_next, of B images; and what to log of their ratios."""
     prediction = guided(model, x, i, cond, uncond, args.guidance)
-    _, log_prob = model.step(prediction, x, i, x_next)
+    _, log_prob = model.step(prediction, x, i, x_next)  # of the action that was taken
     if args.algorithm == "sf":
         loss = score_function_loss(log_prob, A)
     else:
@@ -300,11 +301,12 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
     log_probs = noise.new_empty(len(noise), random_steps)
     for rows in bar(micro_batches, "sample"):
-        x = states[rows, 0] = noise[rows]
+        x = noise[rows]
+        states[rows, 0] = x
         for i in range(args.steps):
             prediction = guided(model, x, i, [c[rows] for c in cond], uncond, args.guidance)
-            is_random = float(i < random_steps)
-            x, log_prob = model.step(prediction, x, i, noise=is_random, generator=generator)
+            scale = float(i < random_steps)  # 0: no noise, and no log-probability
+            x, log_prob = model.step(prediction, x, i, noise=scale, generator=generator)
             if i < random_steps:
                 states[rows, i + 1] = x
                 log_probs[rows, i] = log_prob
@@ -321,8 +323,8 @@ class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
     `active` names the one in use; None: as pretrained. B is zero-initialized. The first adapter is
-    trained, the others start as its copies: averaging the A and B of two adapters averages their
-    updates B A only as long as they share an initialization.
+    trained, the others start as its copies: averaging A and B comes close to averaging the updates
+    B A only while the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -537,14 +539,17 @@ def load_pipeline(args, device):
 def encode(pipe, model, prompts):
     """N prompts -> [embeddings (N, L, D), and for Stable Diffusion 3 pooled (N, P)]."""
     device = pipe.vae.device
-    names = [name for name in pipe.components if name.startswith("text_encoder")]
-    encoders = [getattr(pipe, name).to(device) for name in names if getattr(pipe, name)]
+    encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
+    encoders = [encoder for encoder in encoders if encoder is not None]
+    weights = [encoder.state_dict() for encoder in encoders]  # they stay on the CPU
+    for encoder in encoders:
+        encoder.to(device)
     parts = pipe.encode_prompt(
         prompts, device=device, num_images_per_prompt=1,
         do_classifier_free_guidance=False, **model.text_options,
     )  # fmt: skip
-    for encoder in encoders:
-        encoder.to("cpu")
+    for encoder, tensors in zip(encoders, weights):
+        encoder.load_state_dict(tensors, assign=True)  # drops the device's, copies nothing back
     return [part for part in parts if part is not None]
 
 
@@ -584,6 +589,7 @@ def train(args):
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
     assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
     assert args.random_steps <= args.steps, "--random-steps exceeds --steps"
+    assert args.stat_min <= args.stat_buffer, "--stat-min exceeds --stat-buffer"
 
     if args.wandb and RANK == 0:
         import wandb
@@ -722,10 +728,10 @@ def train(args):
                     terms = policy_terms(
                         model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args
                     )
-                scale = len(A[rows]) / per_update / len(passes)
-                (scale * terms["loss"]).backward()
+                weight = len(A[rows]) / per_update / len(passes)
+                (weight * terms["loss"]).backward()
                 for name, term in terms.items():
-                    totals[name] += scale / len(shares) * term.detach()
+                    totals[name] += weight / len(shares) * term.detach()
             if update == 0 and not is_regression:
                 values["first_ratio_error"] = totals["ratio_error"].item() * len(shares)
             if WORLD_SIZE > 1:

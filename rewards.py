@@ -723,8 +723,8 @@ class Chat(Reward):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # 7 B parameters
         self.model = load_model(self.model_class, place, dtype).to(device)
 
-    def ask(self, images, questions):
-        """The model's answers, without sampling."""
+    def ask(self, images, questions, do_sample=False):
+        """The model's answers."""
         inputs, vectors = self.inputs([image.convert("RGB") for image in images])
         texts = []
         for question in questions:
@@ -739,7 +739,7 @@ class Chat(Reward):
             inputs["mm_token_type_ids"] = is_image.int()
         inputs = {key: x.to(self.model.device) for key, x in inputs.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        options = {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        options = {"do_sample": do_sample, "max_new_tokens": self.max_new_tokens}
         answers = self.model.generate(**inputs, **options)[:, tokens.input_ids.shape[1] :]
         return [x.strip() for x in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -841,7 +841,8 @@ Text Caption: [{prompt}]"""
         scores = [final_score(reply) for reply in self.ask(images, questions)]
         for i, score in enumerate(scores):
             if score is None:
-                reply = self.ask([images[i]], [questions[i] + self.reminder])[0]
+                # Sampled, or a resumed run would meet the same two replies again.
+                reply = self.ask([images[i]], [questions[i] + self.reminder], do_sample=True)[0]
                 scores[i] = final_score(reply)
                 if scores[i] is None:
                     raise ValueError(f"no 1 to 5 after 'Final Score:' in two replies, {reply!r}")
@@ -849,10 +850,12 @@ Text Caption: [{prompt}]"""
 
 
 def final_score(reply):
-    """The number after the last "Final Score:", or None if there is none in 1..5."""
-    numbers = re.findall(r"Final Score:[\s*_`'\"(\[]*(-?\d+(?:\.\d+)?)", reply)
-    if numbers and 1 <= float(numbers[-1]) <= 5:
-        return float(numbers[-1])
+    """The first number after the last "Final Score:", ranges like "1 to 5" aside, if in 1..5."""
+    _, colon, text = reply.lower().rpartition("final score:")
+    text = re.sub(r"\d+ *(?:to|-|\u2013) *\d+", "", text)
+    number = re.search(r"-?\d+(?:\.\d+)?", text)
+    if colon and number and 1 <= float(number[0]) <= 5:
+        return float(number[0])
     return None
 
 

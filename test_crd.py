@@ -1852,6 +1852,10 @@ REPLIES = {
     "Final Score: good": None,
     "Final Score: 6": None,
     "Final Score: -3": None,
+    "FINAL SCORE: 4": 4,
+    "Final Score (1 to 5): 3": None,
+    "Final Score: 1 to 5. I give 4": 4,
+    "Final Score: 4 out of 5, for 2 cats": 4,
 }
 
 
@@ -1865,8 +1869,9 @@ def test_unifiedreward_asks_once_more_about_an_image_without_a_score(small):
     asked = []
     replies = [["Final Score: 5", "well", "Final Score: 4"], ["Final Score: 2"]]
 
-    def ask(images, questions):
+    def ask(images, questions, do_sample=False):
         asked.append(questions)
+        assert do_sample == (len(asked) == 2)  # or a resumed run would replay the reply
         return replies.pop(0)
 
     reward.ask = ask
@@ -1879,7 +1884,7 @@ def test_unifiedreward_asks_once_more_about_an_image_without_a_score(small):
 
 def test_unifiedreward_fails_after_two_replies_without_a_score(small):
     reward = small("unifiedreward")
-    reward.ask = lambda images, questions: ["no"] * len(images)
+    reward.ask = lambda images, questions, do_sample=False: ["no"] * len(images)
     with pytest.raises(RuntimeError, match="unifiedreward failed: .* 'no'$"):
         scores_of(reward, IMAGES[:1])
 
