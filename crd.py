@@ -402,6 +402,8 @@ def load_pipeline(args, device):
     is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
     is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
     assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
+    for p in pipe.transformer.parameters():
+        p.data = p.data.to(frozen)  # diffusers judges a file's precision by its first tensor
     pipe.transformer.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor

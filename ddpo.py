@@ -530,6 +530,8 @@ def load_pipeline(args, device):
     kind = getattr(diffusers, config["_class_name"])
     pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
     model = models[config["_class_name"]](pipe, args, device)
+    for p in model.network.parameters():
+        p.data = p.data.to(frozen)  # diffusers judges a file's precision by its first tensor
     model.network.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     return pipe, model

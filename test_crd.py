@@ -990,6 +990,21 @@ def test_steps_after_the_random_ones_are_deterministic(sd1, model):
     assert_close(x0, x, rtol=1e-3, atol=1e-3)
 
 
+@in_both_scripts
+def test_a_folder_stored_in_float32_computes_in_bf16_if_asked(tmp_path, script):
+    """Also where the first tensor of the file is in bf16, and the others are not."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        TINY, text_encoder_3=None, tokenizer_3=None, image_encoder=None, feature_extractor=None
+    )
+    pipe.to(torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first].bfloat16()}, path, metadata={"format": "pt"})
+    pipe, *_ = script.load_pipeline(short(script, model=str(tmp_path), dtype="bf16"), CPU)
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+
+
 def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
     """Stable Diffusion 3.5's third text encoder: the tokens of CLIP (12 here), then those of T5."""
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
