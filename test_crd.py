@@ -756,7 +756,8 @@ def test_two_processes_stay_identical_and_finish(run, script):
         f"script.train(test_crd.short(script, 'two', epochs=2, **{settings}))\n"
         "torch.save(gradients, f'gradients-{script.RANK}.pt')\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "both.py"]
+    options = ["--standalone", "--nproc-per-node=2", "both.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
     subprocess.run(torchrun, check=True)
     first, second = (torch.load(f"gradients-{rank}.pt") for rank in (0, 1))
     assert_close(first, second, rtol=0, atol=0)
