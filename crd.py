@@ -583,9 +583,9 @@ def train(args):
         total = [] if reward.name in values else ["reward"]  # of a weighted sum
         rewards.plot_curve(folder / "curve.png", metrics, [*total, *values])
 
+    sent = len(metrics)  # to Weights & Biases
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
-    sent = len(metrics)  # to Weights & Biases
     sigmas = schedule(pipe, args.rollout_steps, device)
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

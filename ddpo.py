@@ -672,9 +672,9 @@ def train(args):
         total = [] if reward.name in values else ["reward"]  # of a weighted sum
         rewards.plot_curve(folder / "curve.png", metrics, [*total, *values])
 
+    sent = len(metrics)  # to Weights & Biases
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
-    sent = len(metrics)  # to Weights & Biases
     per_update = N // args.updates
     updates = [batches(i, i + per_update, args.micro_batch) for i in range(0, N, per_update)]
     epochs = range(progress["epoch"], args.epochs)

@@ -860,6 +860,22 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run, monkeypatch, s
 
 
 @in_both_scripts
+def test_weights_and_biases_hears_of_an_epoch_after_its_state_is_saved(run, monkeypatch, script):
+    calls = []
+
+    def log(line):
+        calls.append(line.get("train/epoch", line.get("eval/epoch")))
+        assert torch.load("runs/run/state.pt")["progress"]["epoch"] >= calls[-1]
+
+    def init(**options):
+        assert not Path("runs").exists()  # if it fails, the run's name is still free
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, log=log))
+    run(script, "run", 2, eval_every=1, wandb="project")
+    assert calls == [0, 1, 1, 2, 2]
+
+
+@in_both_scripts
 def test_images_that_are_not_finite_stop_the_run(run, script):
     """A NaN in a LoRA draws black images, the best of all under compressibility."""
     folder = run(script, "run", 0)
