@@ -160,6 +160,7 @@ def sample_ode(velocity, noise, sigmas):
     # Log-SNR is infinite at sigma 1 and 0: the ratio is 0 in step 2 and infinite in the last step.
     ratios = [math.inf, *(gaps[1:] / gaps[:-1]).tolist()]
     x = noise
+    last_x0 = None
     for s, t, ratio in zip(sigmas[:-1], sigmas[1:], ratios):
         D = x0 = x - s * velocity(x, s)
         if ratio <= 2:
@@ -283,7 +284,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # 2-D, as a 3-D matmul can pick another kernel under autograd: rho must be 0 at v = v_old.
+        # 2-D, as a 3-D matmul can pick another kernel under autograd, and round differently.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -525,13 +526,16 @@ def train(args):
     rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
-    held_out_rewards = rewards.load(args.eval_rewards, device) if args.eval_rewards else None
+    held_out_rewards = None
+    if args.eval_rewards and RANK == 0:  # only process 0 evaluates
+        held_out_rewards = rewards.load(args.eval_rewards, device)
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
     pipe, shape = load_pipeline(args, device)
     uncond = encode(pipe, [""], args)
-    held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
+    if RANK == 0:
+        held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
     layers = add_lora(pipe.transformer, TARGET_MODULES, args.rank, args.alpha, ADAPTERS)
     if args.lora:
         load_lora(layers, pipe, args.lora, "transformer")

@@ -303,8 +303,9 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
     for rows in bar(micro_batches, "sample"):
         x = noise[rows]
         states[rows, 0] = x
+        c = [part[rows] for part in cond]
         for i in range(args.steps):
-            prediction = guided(model, x, i, [c[rows] for c in cond], uncond, args.guidance)
+            prediction = guided(model, x, i, c, uncond, args.guidance)
             scale = float(i < random_steps)  # 0: no noise, and no log-probability
             x, log_prob = model.step(prediction, x, i, noise=scale, generator=generator)
             if i < random_steps:
@@ -342,7 +343,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # 2-D, as a 3-D matmul can pick another kernel under autograd: rho must be 0 at v = v_old.
+        # 2-D, as a 3-D matmul can pick another kernel under autograd, and round differently.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -608,7 +609,9 @@ def train(args):
     rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
-    held_out_rewards = rewards.load(args.eval_rewards, device) if args.eval_rewards else None
+    held_out_rewards = None
+    if args.eval_rewards and RANK == 0:  # only process 0 evaluates
+        held_out_rewards = rewards.load(args.eval_rewards, device)
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
@@ -616,7 +619,8 @@ def train(args):
     scale = pipe.vae_scale_factor
     shape = (model.network.config.in_channels, args.height // scale, args.width // scale)
     uncond = encode(pipe, model, [""])
-    held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
+    if RANK == 0:
+        held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
     layers = add_lora(model.network, model.target_modules, args.rank, args.alpha, ADAPTERS)
     if args.lora:
         load_lora(layers, pipe, args.lora, model.prefix)

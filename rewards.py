@@ -136,7 +136,8 @@ def reward_class(name):
     metadata) to B numbers, in a module of the working directory."""
     if name in REWARDS:
         return REWARDS[name]
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, type):
@@ -511,8 +512,10 @@ class CLIP:
         return F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1)
 
     def texts(self, texts):
-        tokens = self.tokenizer(texts, **self.options).to(self.model.device)
-        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        unique = list(dict.fromkeys(texts))  # a group shares its prompt
+        tokens = self.tokenizer(unique, **self.options).to(self.model.device)
+        vectors = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        return vectors[[unique.index(text) for text in texts]]
 
 
 def clip_pixels(processor, images):
@@ -905,6 +908,7 @@ class GenEval(Reward):
         place = locate(path, "detector", "facebook/mask2former-swin-small-coco-instance")
         self.detector = load_model(Mask2Former, place).to(device)
         self.clip = CLIP(locate(path, "clip", "openai/clip-vit-large-patch14"), device)
+        self.color_vectors = {}  # class: (10, d), of COLORS
         self.device = device
 
     @classmethod
@@ -958,11 +962,13 @@ class GenEval(Reward):
 
     def name_colors(self, image, name, objects):
         """Sets each object's color: the nearest, by CLIP, to its box with all else in gray."""
-        texts = []
-        for color in COLORS:
-            for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object"):
-                texts.append(f"a photo of a {words}")
-        colors = F.normalize(self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1), dim=-1)
+        if name not in self.color_vectors:
+            texts = []
+            for color in COLORS:
+                for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object"):
+                    texts.append(f"a photo of a {words}")
+            means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
+            self.color_vectors[name] = F.normalize(means, dim=-1)
         image = image.convert("RGB")
         gray = Image.new("RGB", image.size, "#999")
         crops = []
@@ -970,7 +976,7 @@ class GenEval(Reward):
             mask = Image.fromarray(found.mask.numpy())
             crops.append(Image.composite(image, gray, mask).crop(found.box))
         for found, vector in zip(objects, self.clip.images(crops)):
-            found.color = COLORS[(colors @ vector).argmax()]
+            found.color = COLORS[(self.color_vectors[name] @ vector).argmax()]
 
 
 class Mask2Former(transformers.Mask2FormerForUniversalSegmentation):

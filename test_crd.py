@@ -225,7 +225,7 @@ def test_tau_goes_from_the_plain_mean_to_the_best_and_the_worst_image():
     assert_close(cold, (losses[0] + losses[1]) / 2)
 
 
-def test_the_optimum_has_no_loss(monkeypatch):
+def test_the_optimum_has_no_loss():
     """Data N(m, s^2), reward <g, x0>: the optimum p* is N(m + s^2 g / beta, s^2).
 
     With D = (1 - sigma)^2 s^2 + sigma^2, the best velocities of p* and p_old differ by
@@ -953,7 +953,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeyp
     settings = sd1 | dict(width=4, height=4, algorithm="sf", random_steps=R, guidance=1.0)
     args = short(ddpo, **settings)
     pipe, model = ddpo.load_pipeline(args, CPU)
-    layers = ddpo.add_lora(model.network, model.target_modules, 2, 6, ddpo.ADAPTERS)
+    ddpo.add_lora(model.network, model.target_modules, 2, 6, ddpo.ADAPTERS)
     policy = [p for p in model.network.parameters() if p.requires_grad]
     for p in policy:
         p.data.normal_(std=0.3)
