@@ -431,8 +431,9 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        live = [pair for pair in zip(outputs, grads) if getattr(pair[0], "requires_grad", False)]
-        torch.autograd.backward(*zip(*live))
+        trained = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
+        if trained:  # not in a frozen block of frozen inputs
+            torch.autograd.backward([outputs[i] for i in trained], [grads[i] for i in trained])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
 
 
