@@ -24,18 +24,16 @@ the mean over K images of one prompt from both sides, and it is gone.
 
 One frozen model carries four LoRA adapters. `policy` is trained. `sampler` draws the images and
 `old` is the reference: two EMAs of the policy, since images should be fresh, but rho would be 0
-if `old` were the policy. `ema`, a third, is evaluated and saved. Every epoch, `train`
-
-    draws K images of each prompt with `sampler`                              generate, sample_ode
-    scores them                                                                     reward_targets
-    takes steps down the gradient of L, at a few sigmas each                             objective
-    lets `old` and `sampler` follow the policy                               ema_decay, ema_update
+if `old` were the policy. `ema`, a third, is evaluated and saved. Every epoch, `train` draws K
+images of each prompt (generate), scores them (reward_targets), takes a few optimizer steps on L
+(objective), and lets `old` and `sampler` follow the policy (ema_decay, ema_update).
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -95,7 +93,6 @@ class Settings:
     # loss
     beta: float = arg(1.0, "scale of the implicit reward beta * rho")
     tau: float = arg(math.inf, "softmax temperature of the group mean; inf: plain")
-    advantage_clip: float = arg(5.0, "A_max; a larger one shrinks rho's target")
     reward_weight: float = arg(1.0, "of the CRD loss; 0: the anchor alone")
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
@@ -106,7 +103,6 @@ class Settings:
     steps_per_epoch: int = arg(1, "optimizer steps, each on a share of the groups")
     micro_batch: int = arg(24, "images per forward and backward pass")
     lr: float = arg(3e-4, "AdamW learning rate")
-    weight_decay: float = arg(1e-4, "AdamW weight decay")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
     ema: float = arg(0.9, "decay of the EMA that is evaluated and saved")
@@ -123,7 +119,7 @@ class Settings:
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
     eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
     resume: str | None = arg(None, "continue the run in this folder")
-    wandb: str | None = arg(None, "also log to this Weights & Biases project")
+    wandb: str | None = arg(None, "also log to this Weights & Biases project[/run]")
 
 
 PRESETS = {
@@ -149,9 +145,9 @@ PRESETS = {
 def sample_ode(velocity, noise, sigmas):
     """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
 
-    A step from s to t is x_t = D + (t / s) (x_s - D). In Euler's method D is the predicted image
-    x0. Here it is extrapolated in log-SNR from the last two, except where that overshoots: in the
-    first step, in the last, and in any step more than twice as long as the one before.
+    A step from s to t is x_t = D + t / s (x_s - D). In Euler's method D is the predicted image x0.
+    Here it is extrapolated in log-SNR from the last two, except in the first and last step and in
+    any that is more than twice as long as the one before, where that overshoots.
     velocity(x, sigma ()) -> (B, ...); noise (B, ...); sigmas (S + 1,), descending to 0.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
@@ -173,8 +169,7 @@ def sample_ode(velocity, noise, sigmas):
 def reward_targets(R, group_size, clip=5.0):
     """s = A / (2 clip) + 1/2, with A = (R - mean_group R) / (std_all R + 1e-4) clipped to +-clip.
 
-    R (N,), whole groups side by side -> s (N,) in [0, 1]. With the standard deviation of all N, a
-    prompt whose images score alike is not amplified. The 1/2 cancels in the loss.
+    R (N,), whole groups side by side -> s (N,) in [0, 1].
     """
     groups = R.view(-1, group_size)
     centered = groups - groups.mean(1, keepdim=True)
@@ -191,9 +186,8 @@ def add_noise(x0, noise, sigma):
 def implicit_reward(v, v_old, u):
     """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
-    By the ELBO, minus a denoising error stands for a log-likelihood (paper, sec. 3). The adaptive
-    weights m = mean |v - u|, detached, even out the sigmas (DiffusionNFT, arXiv 2509.16117; there
-    on x0). Each model has its own, so rho is only a proxy of log p / p_old.
+    By the ELBO, minus a denoising error stands for a log-likelihood (paper, sec. 3). The weights
+    m = mean |v - u| even out the sigmas (DiffusionNFT, arXiv 2509.16117), so rho is a proxy.
     """
 
     def weighted_error(prediction):
@@ -207,9 +201,9 @@ def implicit_reward(v, v_old, u):
 def crd_loss(rho, targets, group_size, beta=1.0, clip=5.0, tau=math.inf):
     """A_max / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2, with A_max = clip.
 
-    rho, targets s (B,), whole groups side by side. At finite tau the group means are weighted, by
-    softmax(s / tau) and softmax(-s / tau), and the two losses averaged. At tau = inf the factor
-    makes the gradient at rho = 0 equal to -mean_i A_i grad rho_i, whatever A_max and beta are.
+    rho, targets s (B,), whole groups side by side. At rho = 0 its gradient is that of -mean_i A_i
+    rho_i. A finite tau weighs the group means by softmax(s / tau), in a second loss by
+    softmax(-s / tau), and takes the mean of both losses.
     """
     rho = rho.view(-1, group_size)
     s = targets.view(-1, group_size)
@@ -224,7 +218,7 @@ def anchor_loss(v, v_ref, normalized_reward, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
     The KL to the model of v_ref, up to a weight per sigma: weak for images of low reward n (B,) in
-    [0, 1], which have everything to learn, strong for high ones, which might exploit the reward.
+    [0, 1], which have much to learn, strong where the reward might be exploited.
     """
     kappa = kappa_min + normalized_reward * (kappa - kappa_min)
     return (kappa * (v - v_ref).square().flatten(1).mean(1)).mean()
@@ -240,14 +234,13 @@ def ema_decay(step, start_step, start_value, slope, end_value):
 def objective(predict, x0, noise, sigma, targets, normalized_reward, args):
     """L and its terms at one sigma, for whole groups. predict(x, sigma, adapter, guidance) -> v."""
     x = add_noise(x0, noise, sigma)
-    u = noise - x0
     with torch.no_grad():
         v_old = predict(x, sigma, "old")
         if args.anchor:
             v_ref = predict(x, sigma, None, args.anchor_guidance)
     v = predict(x, sigma, "policy")
-    rho = implicit_reward(v, v_old, u)
-    loss = crd_loss(rho, targets, args.group_size, args.beta, args.advantage_clip, args.tau)
+    rho = implicit_reward(v, v_old, noise - x0)
+    loss = crd_loss(rho, targets, args.group_size, args.beta, tau=args.tau)
     variance = rho.detach().view(-1, args.group_size).var(1, correction=0).mean()
     terms = {"crd_loss": loss, "rho_variance": variance, "loss": args.reward_weight * loss}
     if args.anchor:
@@ -264,20 +257,19 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    `active` names the one in use; None: as pretrained. B is zero-initialized. The first adapter is
-    trained, the others start as its copies: averaging A and B comes close to averaging the updates
-    B A only while the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
+    comes close to averaging the updates B A only while the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.first = self.active = adapters[0]
+        self.active = "policy"  # None: as pretrained
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
         B = torch.zeros(base.out_features, rank, device=base.weight.device)
-        self.A = nn.ParameterDict({n: nn.Parameter(A.clone(), n == self.first) for n in adapters})
-        self.B = nn.ParameterDict({n: nn.Parameter(B.clone(), n == self.first) for n in adapters})
+        self.A = nn.ParameterDict({n: nn.Parameter(A.clone(), n == "policy") for n in adapters})
+        self.B = nn.ParameterDict({n: nn.Parameter(B.clone(), n == "policy") for n in adapters})
 
     def forward(self, x):
         if self.active is None:
@@ -304,7 +296,7 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Outside, the first one is active, also when
+    """Compute with adapter `name`; None: as pretrained. Outside, `policy` is active, also while
     backward() recomputes a checkpointed block."""
     for layer in layers.values():
         layer.active = name
@@ -312,7 +304,7 @@ def use_adapter(layers, name):
         yield
     finally:
         for layer in layers.values():
-            layer.active = layer.first
+            layer.active = "policy"
 
 
 @torch.no_grad()
@@ -334,8 +326,7 @@ def lora_state_dict(layers, adapter):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
-    options = {"use_safetensors": True, "return_lora_metadata": True}
-    tensors, *_, config = pipe.lora_state_dict(path, **options)
+    tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's, if diffusers saved it; without it, alpha is the rank
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
@@ -390,17 +381,28 @@ TARGET_MODULES = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
+BLOCKS = ("JointTransformerBlock",)
+MULTIPLE = 16  # of pixels: 8 of them are a latent, 2 of which are a patch
 
 
 def load_pipeline(args, device):
     """The pretrained pipeline, frozen, its text encoders on the CPU; and the latents' shape."""
     kind = diffusers.StableDiffusion3Pipeline
-    config = kind.load_config(args.model)
-    absent = {name: None for name, part in config.items() if part == [None, None]}  # such as T5
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
-    dtype = {"default": frozen, "vae": torch.float32}
-    pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
+    parts = {}
+    for name, value in kind.load_config(args.model).items():
+        if value == [None, None]:  # such as T5
+            parts[name] = None
+        elif name == "vae" or name.startswith(("transformer", "text_encoder")):
+            part = getattr(importlib.import_module(value[0]), value[1])
+            parts[name], report = part.from_pretrained(
+                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else frozen,
+                low_cpu_mem_usage=False, output_loading_info=True,
+            )  # fmt: skip
+            missing = list(report["missing_keys"])  # the libraries only warn
+            assert not missing, f"{args.model}: {name} lacks weights, {missing[:3]}"
+    pipe = kind.from_pretrained(args.model, **parts)
     is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
     is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
     assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
@@ -506,48 +508,45 @@ def train(args):
     assert can_run, f"{args.model} needs a GPU, and there is none here: try --preset tiny"
     is_free = RANK or args.resume or not folder.exists()
     assert is_free, f"{folder} exists: --resume it, or choose another --name"
-    assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
+    is_multiple = args.height % MULTIPLE == args.width % MULTIPLE == 0
+    assert is_multiple, f"--height and --width: multiples of {MULTIPLE} only"
     assert args.groups % (args.steps_per_epoch * WORLD_SIZE) == 0, "--groups: do not divide evenly"
     assert args.micro_batch % K == 0 and K > 1, "--micro-batch: no multiple of --group-size > 1"
-    assert args.train_timesteps <= args.rollout_steps, "--train-timesteps exceeds --rollout-steps"
     assert len(args.old_decay) == len(args.sampler_decay) == 4, "--old-decay takes four numbers"
 
     if args.wandb and RANK == 0:
         import wandb
 
-        wandb.init(project=args.wandb, name=folder.name, config=asdict(args))
+        project, _, run_id = args.wandb.partition("/")
+        options = {"name": folder.name, "config": asdict(args), "resume": "allow"}
+        run = wandb.init(project=project, id=run_id or None, **options)
+        args.wandb = f"{project}/{run.id}"  # where a resumed run goes on
 
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
-    if args.eval_prompts:
-        held_out = rewards.read_prompts(args.eval_prompts)
-    else:
-        endless = itertools.cycle(rewards.prompts(source, "eval"))  # a short list comes again
-        held_out = list(itertools.islice(endless, args.eval_images))
-    rewards.check(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check(args.eval_rewards or args.reward, held_out)
-    reward = rewards.load(args.reward, device)
-    held_out_rewards = None
+    held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
+    reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
+    judges = []
     if args.eval_rewards and RANK == 0:  # only process 0 evaluates
-        held_out_rewards = rewards.load(args.eval_rewards, device)
+        judges = [rewards.load(args.eval_rewards, device, held_out)]
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
     pipe, shape = load_pipeline(args, device)
     uncond = encode(pipe, [""], args)
-    if RANK == 0:
-        held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
+    held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
     layers = add_lora(pipe.transformer, TARGET_MODULES, args.rank, args.alpha, ADAPTERS)
     if args.lora:
         load_lora(layers, pipe, args.lora, "transformer")
     if args.compile:
-        for block in pipe.transformer.transformer_blocks:
-            block.compile()
+        for block in pipe.transformer.modules():
+            if type(block).__name__ in BLOCKS:
+                block.compile(recompile_limit=64)  # torch's 8 would leave the rest uncompiled
     if args.grad_checkpoint:
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     sample = partial(generate, pipe, layers, uncond, args)
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
@@ -556,7 +555,7 @@ def train(args):
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         pipe.transformer.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
+        optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
     assert progress["epoch"] <= args.epochs, f"{folder} already has {progress['epoch']} epochs"
@@ -578,15 +577,13 @@ def train(args):
         x0 = sample("ema", noise, held_out_cond, args.eval_steps, args.eval_guidance)
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
-        if held_out_rewards:
-            values |= held_out_rewards.score(images, *zip(*held_out))[1]
+        for judge in judges:
+            values |= judge.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         out = folder / f"epoch-{progress['epoch']:04d}"
         pipe.save_lora_weights(out, transformer_lora_layers=lora_state_dict(layers, "ema"))
-        captions = [f"{r:.2f}  {prompt}" for r, (prompt, _) in zip(R.tolist(), held_out[:16])]
-        rewards.contact_sheet(out / "images.png", images[:16], captions)
-        total = [] if reward.name in values else ["reward"]  # of a weighted sum
-        rewards.plot_curve(folder / "curve.png", metrics, [*total, *values])
+        rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
+        rewards.plot_curve(folder / "curve.png", metrics)
 
     sent = len(metrics)  # to Weights & Biases
     if progress["epoch"] == 0 and RANK == 0:
@@ -611,27 +608,29 @@ def train(args):
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         R, values = reward.score(images, prompts, metadata)
         normalized_reward = rewards.normalize(R, reward.range).to(device)
-        shards = [R] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(shards, R)
-        R = torch.cat(shards)
-        targets = reward_targets(R, K, args.advantage_clip)[RANK * N :][:N].to(device)
         if not args.anchor_adaptive:
             normalized_reward = torch.ones_like(normalized_reward)
+        shards = [(R, values)] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(shards, (R, values))
+        R = torch.cat([R for R, _ in shards])
+        values = {name: fmean(v[name] for _, v in shards if name in v) for name in values}
+        targets = reward_targets(R, K)[RANK * N :][:N].to(device)
         clock.append(time.perf_counter())
 
         # 3. Train: each optimizer step on a share of the groups, at some of the rollout's sigmas.
         totals = defaultdict(float)
         images_per_step = N // args.steps_per_epoch
         for start in bar(range(0, N, images_per_step), "train"):
-            order = torch.randperm(args.rollout_steps, generator=generator, device=device).tolist()
+            order = torch.randperm(args.rollout_steps, generator=generator, device=device)
+            steps = order[: args.train_timesteps].tolist()
             micro_batches = batches(start, start + images_per_step, args.micro_batch)
-            for i, rows in itertools.product(order[: args.train_timesteps], micro_batches):
+            for i, rows in itertools.product(steps, micro_batches):
                 noise = torch.randn(x0[rows].shape, generator=generator, device=device)
                 predict_rows = partial(predict, pipe, layers, [c[rows] for c in cond], uncond)
                 s, n = targets[rows], normalized_reward[rows]
                 terms = objective(predict_rows, x0[rows], noise, sigmas[i], s, n, args)
-                share = len(noise) / images_per_step / args.train_timesteps
+                share = len(noise) / images_per_step / len(steps)
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / args.steps_per_epoch * term.detach()
@@ -663,10 +662,6 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        everyones = [values] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(everyones, values)
-        values = {name: fmean(v[name] for v in everyones if name in v) for name in values}
         if RANK > 0:
             continue
         log("train", R, values)
@@ -694,13 +689,13 @@ def parse(argv=None):
     flags = parser.parse_args(argv)
     names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
     preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
-    name = "-".join(["crd", flags.preset or "-".join(names), f"seed{flags.seed}"])
-    defaults = {"preset": preset, "name": name, **PRESETS[preset]}
+    name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"
+    parser.set_defaults(**{"preset": preset, "name": name, **PRESETS[preset]})
     if flags.resume:
-        defaults = json.loads(Path(flags.resume, "args.json").read_text())
-        is_ours = defaults.keys() == asdict(Settings()).keys()
+        saved = json.loads(Path(flags.resume, "args.json").read_text())
+        is_ours = saved.keys() == asdict(Settings()).keys()
         assert is_ours, f"{flags.resume} holds no run of crd.py"
-    parser.set_defaults(**defaults)
+        parser.set_defaults(**saved)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 

@@ -33,6 +33,7 @@ weighted by reward or on the best alone (regression_terms).
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -87,7 +88,7 @@ class Settings:
     images: int = arg(256, "images per epoch")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
-    random_steps: int = arg(50, "so many steps have noise and are trained on; the rest have none")
+    random_steps: int = arg(50, "the first steps, which have noise and are trained on")
     guidance: float = arg(5.0, "classifier-free guidance, in training, too")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
@@ -96,15 +97,12 @@ class Settings:
     algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "or a baseline")
     updates: int = arg(4, "optimizer steps per epoch; sf: 1")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
-    advantage_clip: float = arg(5.0, "advantages are clipped to +-this")
-    stat_buffer: int = arg(32, "rewards of a prompt to take mean and std of")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     temperature: float = arg(0.2, "rwr: weights are softmax(advantage / this)")
     keep: float = arg(0.1, "rwr-sparse: share of the images that is trained on")
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate")
-    weight_decay: float = arg(1e-4, "AdamW weight decay")
     ema: float = arg(0.9, "decay of the EMA that is evaluated and saved")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
@@ -117,7 +115,7 @@ class Settings:
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
     eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
     resume: str | None = arg(None, "continue the run in this folder")
-    wandb: str | None = arg(None, "also log to this Weights & Biases project")
+    wandb: str | None = arg(None, "also log to this Weights & Biases project[/run]")
 
 
 PRESETS = {
@@ -162,8 +160,9 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     t_next < 0, alpha is alphas_cumprod[0].
     """
     shape = (-1, *[1] * (x.ndim - 1))
-    alpha = alphas_cumprod[t].view(shape)
-    alpha_next = alphas_cumprod[t_next.clamp(min=0)].view(shape)
+    # 1-D: a GPU would have to wait for an index of no dimension.
+    alpha = alphas_cumprod[t.view(-1)].view(shape)
+    alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
     std = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
     direction = (1 - alpha_next - std**2).clamp(min=0).sqrt() * noise_pred
@@ -171,12 +170,10 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
 
 
 def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=None, generator=None):
-    """A step of the SDE with the marginals of the flow's ODE, and its log-probability.
+    """A step of the SDE with the marginals of the flow's ODE (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
-    (Flow-GRPO, arXiv 2505.05470, eq. 9.) With dt = sigma_next - sigma and s = noise_level
-    sqrt(sigma / (1 - sigma)), the mean is x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) /
-    (2 sigma)) dt, the standard deviation s sqrt(-dt). In the root, sigma_max, the schedule's second
-    sigma, stands in for any sigma above it. v, x, x_next (B, ...); sigmas () or (B,).
+    v, x, x_next (B, ...); sigmas () or (B,) -> x_next and its log-probability. Its s is infinite at
+    sigma = 1: from there on, sigma_max, the schedule's second sigma, is put into the denominator.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
@@ -323,20 +320,19 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    `active` names the one in use; None: as pretrained. B is zero-initialized. The first adapter is
-    trained, the others start as its copies: averaging A and B comes close to averaging the updates
-    B A only while the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
+    comes close to averaging the updates B A only while the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.first = self.active = adapters[0]
+        self.active = "policy"  # None: as pretrained
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
         B = torch.zeros(base.out_features, rank, device=base.weight.device)
-        self.A = nn.ParameterDict({n: nn.Parameter(A.clone(), n == self.first) for n in adapters})
-        self.B = nn.ParameterDict({n: nn.Parameter(B.clone(), n == self.first) for n in adapters})
+        self.A = nn.ParameterDict({n: nn.Parameter(A.clone(), n == "policy") for n in adapters})
+        self.B = nn.ParameterDict({n: nn.Parameter(B.clone(), n == "policy") for n in adapters})
 
     def forward(self, x):
         if self.active is None:
@@ -363,7 +359,7 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Outside, the first one is active, also when
+    """Compute with adapter `name`; None: as pretrained. Outside, `policy` is active, also while
     backward() recomputes a checkpointed block."""
     for layer in layers.values():
         layer.active = name
@@ -371,7 +367,7 @@ def use_adapter(layers, name):
         yield
     finally:
         for layer in layers.values():
-            layer.active = layer.first
+            layer.active = "policy"
 
 
 @torch.no_grad()
@@ -393,8 +389,7 @@ def lora_state_dict(layers, adapter):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
-    options = {"use_safetensors": True, "return_lora_metadata": True}
-    tensors, *_, config = pipe.lora_state_dict(path, **options)
+    tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's, if diffusers saved it; without it, alpha is the rank
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
@@ -524,13 +519,23 @@ def load_pipeline(args, device):
         "StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3
     }  # fmt: skip
     config = diffusers.DiffusionPipeline.load_config(args.model)
-    unused = ("safety_checker", "feature_extractor", "image_encoder")
-    absent = {key: None for key in config if key in unused or config[key] == [None, None]}
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
-    dtype = {"default": frozen, "vae": torch.float32}
+    parts = {}
+    for name, value in config.items():
+        is_unused = name in ("safety_checker", "feature_extractor", "image_encoder")
+        if is_unused or value == [None, None]:  # such as T5
+            parts[name] = None
+        elif name == "vae" or name.startswith(("unet", "transformer", "text_encoder")):
+            part = getattr(importlib.import_module(value[0]), value[1])
+            parts[name], report = part.from_pretrained(
+                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else frozen,
+                low_cpu_mem_usage=False, output_loading_info=True,
+            )  # fmt: skip
+            missing = list(report["missing_keys"])  # the libraries only warn
+            assert not missing, f"{args.model}: {name} lacks weights, {missing[:3]}"
     kind = getattr(diffusers, config["_class_name"])
-    pipe = kind.from_pretrained(args.model, dtype=dtype, low_cpu_mem_usage=False, **absent)
+    pipe = kind.from_pretrained(args.model, **parts)
     model = models[config["_class_name"]](pipe, args, device)
     for p in model.network.parameters():
         p.data = p.data.to(frozen)  # diffusers judges a file's precision by its first tensor
@@ -593,26 +598,23 @@ def train(args):
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
     assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
     assert args.random_steps <= args.steps, "--random-steps exceeds --steps"
-    assert args.stat_min <= args.stat_buffer, "--stat-min exceeds --stat-buffer"
+    assert args.stat_min <= 32, "--stat-min exceeds the 32 rewards that are kept of a prompt"
 
     if args.wandb and RANK == 0:
         import wandb
 
-        wandb.init(project=args.wandb, name=folder.name, config=asdict(args))
+        project, _, run_id = args.wandb.partition("/")
+        options = {"name": folder.name, "config": asdict(args), "resume": "allow"}
+        run = wandb.init(project=project, id=run_id or None, **options)
+        args.wandb = f"{project}/{run.id}"  # where a resumed run goes on
 
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
-    if args.eval_prompts:
-        held_out = rewards.read_prompts(args.eval_prompts)
-    else:
-        endless = itertools.cycle(rewards.prompts(source, "eval"))  # a short list comes again
-        held_out = list(itertools.islice(endless, args.eval_images))
-    rewards.check(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check(args.eval_rewards or args.reward, held_out)
-    reward = rewards.load(args.reward, device)
-    held_out_rewards = None
+    held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
+    reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
+    judges = []
     if args.eval_rewards and RANK == 0:  # only process 0 evaluates
-        held_out_rewards = rewards.load(args.eval_rewards, device)
+        judges = [rewards.load(args.eval_rewards, device, held_out)]
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
@@ -620,29 +622,28 @@ def train(args):
     scale = pipe.vae_scale_factor
     shape = (model.network.config.in_channels, args.height // scale, args.width // scale)
     uncond = encode(pipe, model, [""])
-    if RANK == 0:
-        held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
+    held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
     layers = add_lora(model.network, model.target_modules, args.rank, args.alpha, ADAPTERS)
     if args.lora:
         load_lora(layers, pipe, args.lora, model.prefix)
     if args.compile:
         for block in model.network.modules():
             if type(block).__name__ in model.blocks:
-                block.compile()
+                block.compile(recompile_limit=64)  # torch's 8 would leave the rest uncompiled
     if args.grad_checkpoint:
         model.network.enable_gradient_checkpointing(checkpoint)
     parameters = [p for p in model.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    statistics = PromptStatistics(args.stat_buffer, args.stat_min)
+    statistics = PromptStatistics(minimum=args.stat_min)
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         model.network.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
+        optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
         statistics.history = state["statistics"]
@@ -666,16 +667,14 @@ def train(args):
             x0, _, _ = rollout(model, noise.to(device), held_out_cond, uncond, rows, 0, args)
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
-        if held_out_rewards:
-            values |= held_out_rewards.score(images, *zip(*held_out))[1]
+        for judge in judges:
+            values |= judge.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         out = folder / f"epoch-{progress['epoch']:04d}"
         tensors = lora_state_dict(layers, "ema")
         pipe.save_lora_weights(out, **{f"{model.prefix}_lora_layers": tensors})
-        captions = [f"{r:.2f}  {prompt}" for r, (prompt, _) in zip(R.tolist(), held_out[:16])]
-        rewards.contact_sheet(out / "images.png", images[:16], captions)
-        total = [] if reward.name in values else ["reward"]  # of a weighted sum
-        rewards.plot_curve(folder / "curve.png", metrics, [*total, *values])
+        rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
+        rewards.plot_curve(folder / "curve.png", metrics)
 
     sent = len(metrics)  # to Weights & Biases
     if progress["epoch"] == 0 and RANK == 0:
@@ -702,13 +701,13 @@ def train(args):
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         R, values = reward.score(images, prompts, metadata)
-        shards = [(prompts, R)] * WORLD_SIZE
+        shards = [(R, values, prompts)] * WORLD_SIZE
         if WORLD_SIZE > 1:
-            dist.all_gather_object(shards, (prompts, R))
-        R = torch.cat([R for _, R in shards])
-        all_prompts = [prompt for prompts, _ in shards for prompt in prompts]
-        A = statistics.advantages(all_prompts, R, args.advantage_clip)
-        A = A[RANK * N :][:N].to(device)
+            dist.all_gather_object(shards, (R, values, prompts))
+        R = torch.cat([R for R, _, _ in shards])
+        values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in values}
+        all_prompts = [prompt for _, _, prompts in shards for prompt in prompts]
+        A = statistics.advantages(all_prompts, R)[RANK * N :][:N].to(device)
         clock.append(time.perf_counter())
 
         # 3. Improve, each update on its share of the images.
@@ -764,10 +763,6 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        everyones = [values] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(everyones, values)
-        values = {name: fmean(v[name] for v in everyones if name in v) for name in values}
         if RANK > 0:
             continue
         log("train", R, values)
@@ -793,15 +788,16 @@ def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
     flags = parser.parse_args(argv)
-    defaults = dict(PRESETS[flags.preset])
-    if flags.algorithm == "sf":
-        defaults["updates"] = 1
-    defaults["name"] = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
+    parser.set_defaults(
+        name=f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}",
+        updates=1 if flags.algorithm == "sf" else 4,
+    )
+    parser.set_defaults(**PRESETS[flags.preset])
     if flags.resume:
-        defaults = json.loads(Path(flags.resume, "args.json").read_text())
-        is_ours = defaults.keys() == asdict(Settings()).keys()
+        saved = json.loads(Path(flags.resume, "args.json").read_text())
+        is_ours = saved.keys() == asdict(Settings()).keys()
         assert is_ours, f"{flags.resume} holds no run of ddpo.py"
-    parser.set_defaults(**defaults)
+        parser.set_defaults(**saved)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 

@@ -26,7 +26,6 @@ import sys
 import textwrap
 import unicodedata
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +80,6 @@ class Reward:
                 raise ValueError(f"{len(images)} images got the scores {R.tolist()}")
         except Exception as cause:
             raise RuntimeError(f"reward {self.name} failed: {cause}") from cause
-        details = {f"{self.name}/{key}": value for key, value in details.items()}
         return R, {self.name: R.mean().item(), **details}
 
     def __call__(self, images, prompts, metadata):
@@ -112,10 +110,9 @@ class WeightedSum(Reward):
 
 
 def parse_spec(spec):
-    """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas.
-
-    A path may have commas and colons: a comma separates if a reward's name follows, and a weight is
-    a number after the last colon. A name with a dot is the user's own, `my_rewards.brightness`."""
+    """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas. Paths may
+    have commas and colons: what splits are a comma before a reward's name and the last colon before
+    a number."""
     names = rf"(?:{'|'.join(REWARDS)}|[a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)+)"
     pattern = rf"({names})(?:@(.+?))?(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?"
     parts = []
@@ -132,8 +129,7 @@ def parse_spec(spec):
 
 
 def reward_class(name):
-    """The class of a name. One's own is a `Reward` subclass, or a function of (images, prompts,
-    metadata) to B numbers, in a module of the working directory."""
+    """The class of a name. A function in the user's module is wrapped in one."""
     if name in REWARDS:
         return REWARDS[name]
     if os.getcwd() not in sys.path:
@@ -144,34 +140,31 @@ def reward_class(name):
         return found
 
     class FunctionReward(Reward):
-        range = getattr(found, "range", Reward.range)
-
         def score_all(self, images, prompts, metadata):
             return found(images, prompts, metadata), {}
 
     FunctionReward.name = name
+    FunctionReward.range = getattr(found, "range", Reward.range)
     return FunctionReward
 
 
 def default_prompts(spec):
     """The prompt generator that suits a spec: that of its first reward."""
     names = [name for name, _, _ in parse_spec(spec)]
-    for name in ("ocr", "geneval"):  # they can score no other prompts
-        if name in names:
-            return name
-    return reward_class(names[0]).prompts
+    picky = [name for name in ("ocr", "geneval") if name in names]  # they can score no others
+    return reward_class([*picky, *names][0]).prompts
 
 
 def check(spec, pairs):
     """ValueError for a (prompt, metadata) that a reward cannot score, before anything is loaded."""
     for name, _, _ in parse_spec(spec):
-        kind = reward_class(name)
         for prompt, metadata in pairs:
-            kind.check(prompt, metadata)
+            reward_class(name).check(prompt, metadata)
 
 
-def load(spec, device):
-    """The Reward of a spec."""
+def load(spec, device, pairs=()):
+    """The Reward of a spec, which has to be able to score all `pairs` of (prompt, metadata)."""
+    check(spec, pairs)
     parts = []
     for name, path, weight in parse_spec(spec):
         reward = reward_class(name)(path, torch.device(device))
@@ -193,9 +186,8 @@ def normalize(R, range):
 
 
 class Incompressibility(Reward):
-    """Size of the image as a JPEG of quality 95, in kB (Black et al. 2023, arXiv 2305.13301).
-
-    Hacked by noise. The range is that at 512 px: from a bare header to a busy image."""
+    """Size of the image as a JPEG of quality 95, in kB (Black et al. 2023, arXiv 2305.13301). The
+    range is that at 512 px, from a flat color to a busy image. Hacked by noise."""
 
     name = "incompressibility"
     range = (0.6, 200.0)
@@ -210,7 +202,7 @@ class Incompressibility(Reward):
 
 
 class Compressibility(Incompressibility):
-    """Minus the size in kB. Hacked by a flat color. The range is that at 512 px."""
+    """Minus that size. Hacked by a flat color."""
 
     name = "compressibility"
     range = (-200.0, -0.6)
@@ -219,10 +211,15 @@ class Compressibility(Incompressibility):
         return -super().score_batch(images, prompts)
 
 
-class Color(Reward):
-    """1 if the image's median color is nearest to the one that the prompt names, else 0.
+SIGN_COLORS = {  # as tiny-sd3 was shown them
+    "red": (200, 40, 40), "green": (30, 140, 60), "blue": (40, 70, 200),
+    "black": (30, 30, 34), "brown": (130, 84, 44), "teal": (20, 130, 140),
+}  # fmt: skip
 
-    A held-out reward for tiny-sd3's signs. Hacked by signs without a word."""
+
+class Color(Reward):
+    """1 if the image's median color is nearest to the one that the prompt names, else 0. A held-out
+    reward for tiny-sd3's signs. Hacked by signs without a word."""
 
     name = "color"
     prompts = "signs"
@@ -252,7 +249,7 @@ def locate(path, subfolder, repository):
     return {"pretrained_model_name_or_path": path, "subfolder": subfolder}
 
 
-def load_model(model_class, place, dtype=torch.float32, **options):
+def load_model(model_class, place, device, dtype=torch.float32, **options):
     """A transformers model in eval mode. In float32: in bf16 scores depend on the batch."""
     options |= {"dtype": dtype, "output_loading_info": True}
     model, report = model_class.from_pretrained(**place, **options)
@@ -260,12 +257,11 @@ def load_model(model_class, place, dtype=torch.float32, **options):
     if missing:  # transformers only warns, and leaves them random
         path = place["pretrained_model_name_or_path"]
         raise ValueError(f"{path} lacks {len(missing)} of the model's tensors: {missing[:3]}")
-    return model.eval()
+    return model.eval().to(device)
 
 
 def load_tensors(place, filename, renames):
-    """A file's tensors, renamed by the patterns and replacements of `renames`, in order. A tensor
-    renamed to "" is dropped."""
+    """A file's tensors, renamed by (pattern, replacement) in order; dropped if renamed to ""."""
     folder = place["pretrained_model_name_or_path"]
     file = transformers.utils.cached_file(folder, filename, subfolder=place["subfolder"])
     state = torch.load(file, map_location="cpu", weights_only=True)
@@ -273,8 +269,8 @@ def load_tensors(place, filename, renames):
     for key, tensor in state.get("state_dict", state).items():
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
-        if key:
-            tensors[key] = tensor
+        tensors[key] = tensor
+    tensors.pop("", None)
     return tensors
 
 
@@ -282,8 +278,8 @@ def load_tensors(place, filename, renames):
 
 
 def quoted(prompt):
-    """The text in the prompt's first double quotes; "" if there are none. An opening quote begins a
-    word: that of a 12" ruler does not."""
+    """The text in the prompt's first double quotes, or ""."""
+    # An opening quote begins a word: that of a 12" ruler does not.
     texts = re.findall(r'(?<!\w)"([^"]*)"', prompt)
     return texts[0].strip() if texts else ""
 
@@ -305,34 +301,30 @@ def edit_similarity(target, text):
 
 
 class OCR(Reward):
-    """How much of the prompt's quoted text PP-OCRv5 (Cui et al. 2025, arXiv 2507.05595) reads.
-
-    A detector finds lines of text, in upright boxes, and a recognizer reads each; the score is
-    `edit_similarity`. Hacked by the word alone, huge, on an empty ground, or written many times.
-    Weights: Apache 2.0. transformers' own image processors for these models need torchvision and
-    OpenCV, which we do not depend on; so the steps around the networks are ours, with the constants
-    of those processors."""
+    """`edit_similarity` of the prompt's quoted text and what PP-OCRv5 reads (Cui et al. 2025, arXiv
+    2507.05595): a detector finds upright boxes around lines of text, a recognizer reads each.
+    Hacked by the word alone, huge, or written many times. Weights: Apache 2.0. transformers' image
+    processors for them need torchvision and OpenCV, so the steps around the networks are ours."""
 
     name = "ocr"
     prompts = "ocr"
+
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`."""
         self.device = device
         load_settings = transformers.ImageProcessingMixin.get_image_processor_dict
         place = locate(path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors")
-        self.detector = load_model(transformers.AutoModelForObjectDetection, place).to(device)
+        self.detector = load_model(transformers.AutoModelForObjectDetection, place, device)
         settings, _ = load_settings(**place)
         self.mean = settings.get("image_mean") or (0.406, 0.456, 0.485)
         self.std = settings.get("image_std") or (0.225, 0.224, 0.229)
         self.limit = settings.get("limit_side_len") or 960
         self.limit_type = settings.get("limit_type") or "max"
         place = locate(path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors")
-        self.recognizer = load_model(transformers.AutoModelForTextRecognition, place).to(device)
+        self.recognizer = load_model(transformers.AutoModelForTextRecognition, place, device)
         settings, _ = load_settings(**place)
         self.characters = settings["character_list"]
-        size = settings.get("size") or {"height": 48, "width": 320}
-        self.height = size["height"]
-        self.width = size["width"]  # shorter lines are padded to it
+        self.width = (settings.get("size") or {"width": 320})["width"]  # shorter lines are padded
         self.max_width = settings.get("max_image_width") or 3200
 
     @classmethod
@@ -348,25 +340,24 @@ class OCR(Reward):
     def read(self, images):
         """A string for each image: its lines in reading order."""
         pixels = [to_pixels(image, self.device) for image in images]
-        boxes = self.detect(pixels)
-        crops = [x[:, y0:y1, x0:x1] for x, found in zip(pixels, boxes) for x0, y0, x1, y1 in found]
-        lines = iter(self.recognize(crops))
-        return [" ".join(next(lines) for _ in found) for found in boxes]
-
-    def detect(self, pixels):
-        """Images (3, H, W) in 0..255 to a list of boxes (x0, y0, x1, y1) each."""
         inputs = []
         for x in pixels:
             size = self.detector_size(x.shape[1:])
             # mean and std are in RGB order; the network wants BGR.
             inputs.append(standardize(x, size, self.mean, self.std).flip(0))
         maps = in_batches(lambda x: self.detector(pixel_values=x).last_hidden_state[:, 0], inputs)
-        boxes = []
-        for x, text_map in zip(pixels, maps):
-            found = find_boxes(text_map)
-            found = [scale_box(box, text_map.shape, x.shape[1:]) for box in found]
-            boxes.append(reading_order(found))
-        return boxes
+        lines = []
+        rows = []  # the image of each line
+        for row, (x, text_map) in enumerate(zip(pixels, maps)):
+            boxes = [scale_box(box, text_map.shape, x.shape[1:]) for box in find_boxes(text_map)]
+            for x0, y0, x1, y1 in reading_order(boxes):
+                lines.append(self.line_input(x[:, y0:y1, x0:x1]))
+                rows.append(row)
+        scores = in_batches(lambda x: self.recognizer(pixel_values=x).last_hidden_state, lines)
+        texts = [[] for _ in images]
+        for row, x in zip(rows, scores):
+            texts[row].append(ctc_decode(x, self.characters))
+        return [" ".join(text) for text in texts]
 
     def detector_size(self, size):
         scale = self.limit / max(size)  # limit_type "resize_long"
@@ -376,32 +367,24 @@ class OCR(Reward):
             scale = max(self.limit / min(size), 1)
         return multiples_of_32(int(side * scale) for side in size)
 
-    def recognize(self, crops):
-        """Lines of text (3, h, w) in 0..255 to strings."""
-        inputs = []
-        for crop in crops:
-            width = self.line_width(crop.shape[1:])
-            line = standardize(crop, (self.height, width), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-            # In steps of 32, so that lines can share a batch without depending on it.
-            padded = max(self.width, math.ceil(width / 32) * 32)
-            inputs.append(F.pad(line, (0, padded - width)))
-        scores = in_batches(lambda x: self.recognizer(pixel_values=x).last_hidden_state, inputs)
-        return [ctc_decode(x, self.characters) for x in scores]
+    def line_input(self, line):
+        """A line of text (3, h, w) in 0..255 as the recognizer wants it."""
+        width = self.line_width(line.shape[1:])
+        # In steps of 32, so that lines can share a batch without depending on it.
+        padded = max(self.width, math.ceil(width / 32) * 32)
+        return F.pad(resize(line, (48, width)) / 127.5 - 1, (0, padded - width))
 
     def line_width(self, size):
-        """At the recognizer's height. As in PP-OCR, only lines that are padded round up."""
-        width = self.height * size[1] / size[0]
-        if width > self.width:
-            return min(int(width), self.max_width)
-        return math.ceil(width)
+        """At a height of 48. As in PP-OCR, only lines that are padded round up."""
+        width = 48 * size[1] / size[0]
+        return math.ceil(width) if width <= self.width else min(int(width), self.max_width)
 
 
 def to_pixels(image, device):
     """PIL image to a float tensor (3, H, W) in 0..255."""
     data = bytearray(image.convert("RGB").tobytes())
-    pixels = torch.frombuffer(data, dtype=torch.uint8)
-    pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-    return pixels.to(device, torch.float32)
+    pixels = torch.frombuffer(data, dtype=torch.uint8).view(image.height, image.width, 3)
+    return pixels.permute(2, 0, 1).to(device, torch.float32)
 
 
 def resize(pixels, size):
@@ -422,16 +405,13 @@ def multiples_of_32(size):
 
 def in_batches(model, inputs, batch=16):
     """The model's output for each of `inputs`; those of one shape share forward passes."""
-    rows_of = {}
-    for row, x in enumerate(inputs):
-        rows_of.setdefault(x.shape, []).append(row)
-    outputs = [None] * len(inputs)
-    for same_shape in rows_of.values():
-        for i in range(0, len(same_shape), batch):
-            rows = same_shape[i : i + batch]
-            for row, output in zip(rows, model(torch.stack([inputs[row] for row in rows]))):
-                outputs[row] = output
-    return outputs
+    outputs = {}
+    for shape in {x.shape for x in inputs}:
+        rows = [row for row, x in enumerate(inputs) if x.shape == shape]
+        for i in range(0, len(rows), batch):
+            part = rows[i : i + batch]
+            outputs |= zip(part, model(torch.stack([inputs[row] for row in part])))
+    return [outputs[row] for row in range(len(inputs))]
 
 
 def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3):
@@ -503,9 +483,7 @@ class CLIP:
     def __init__(self, place, device, model=None):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
         self.processor = transformers.CLIPImageProcessorPil.from_pretrained(**place)
-        self.model = (model or load_model(transformers.CLIPModel, place)).to(device)
-        self.options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        self.options["max_length"] = self.model.config.text_config.max_position_embeddings
+        self.model = model or load_model(transformers.CLIPModel, place, device)
 
     def images(self, images):
         pixels = clip_pixels(self.processor, images).to(self.model.device)
@@ -513,7 +491,9 @@ class CLIP:
 
     def texts(self, texts):
         unique = list(dict.fromkeys(texts))  # a group shares its prompt
-        tokens = self.tokenizer(unique, **self.options).to(self.model.device)
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        options["max_length"] = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(unique, **options).to(self.model.device)
         vectors = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
         return vectors[[unique.index(text) for text in texts]]
 
@@ -540,10 +520,11 @@ class CLIPScore(Reward):
     def __init__(self, path, device):
         """path: a folder or repository with the weights and ViT-H-14's configuration files."""
         place = locate(path, "", CLIPScore.weights)
-        self.clip = CLIP(place, device, self.load_clip(locate(path, "", self.weights), place))
+        model = self.load_clip(locate(path, "", self.weights), place, device)
+        self.clip = CLIP(place, device, model)
 
-    def load_clip(self, weights, place):
-        return load_model(transformers.CLIPModel, weights)
+    def load_clip(self, weights, place, device):
+        return load_model(transformers.CLIPModel, weights, device)
 
     def score_batch(self, images, prompts):
         return (self.clip.images(images) * self.clip.texts(prompts)).sum(-1)
@@ -551,8 +532,7 @@ class CLIPScore(Reward):
 
 class PickScore(CLIPScore):
     """Human preference (Kirstain et al. 2023, arXiv 2305.01569): the cosine in a ViT-H-14 tuned on
-    Pick-a-Pic, over its temperature of about 0.01. Hacked by glossy, busy images. Weights: no
-    license stated."""
+    Pick-a-Pic, times about 100. Hacked by glossy, busy images. Weights: no license stated."""
 
     name = "pickscore"
     range = (16.0, 26.0)
@@ -570,7 +550,7 @@ class HPSv2(CLIPScore):
     name = "hpsv2"
     range = (0.1, 0.4)
     weights = "xswu/HPSv2"
-    renames = (  # OpenCLIP's names to CLIPModel's
+    renames = [  # OpenCLIP's names to CLIPModel's
         (r"^visual\.proj$", "visual_projection.weight"),
         (r"^text_projection$", "text_projection.weight"),
         (r"^visual\.", "vision_model."),
@@ -579,29 +559,21 @@ class HPSv2(CLIPScore):
         (r"\.(token|class)_embedding", r".embeddings.\1_embedding"),
         (r"\.conv1\.", ".embeddings.patch_embedding."),
         (r"\.transformer\.resblocks\.", ".encoder.layers."),
-        (r"\.ln_pre\.", ".pre_layrnorm."),
-        (r"\.ln_post\.", ".post_layernorm."),
-        (r"\.ln_final\.", ".final_layer_norm."),
-        (r"\.ln_([12])\.", r".layer_norm\1."),
-        (r"\.attn\.", ".self_attn."),
-        (r"\.c_fc\.", ".fc1."),
-        (r"\.c_proj\.", ".fc2."),
-    )
+        (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."),
+        (r"\.ln_final\.", ".final_layer_norm."), (r"\.ln_([12])\.", r".layer_norm\1."),
+        (r"\.attn\.", ".self_attn."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
+    ]  # fmt: skip
 
-    def load_clip(self, weights, place):
-        tensors = {}
-        renamed = load_tensors(weights, "HPS_v2.1_compressed.pt", self.renames)
-        for key, tensor in renamed.items():
-            if ".in_proj_" in key:  # query, key and value in one matrix
-                layer, kind = key.split(".in_proj_")
-                for part, rows in zip("qkv", tensor.chunk(3)):
-                    tensors[f"{layer}.{part}_proj.{kind}"] = rows
-            else:
-                transposed = key in ("text_projection.weight", "visual_projection.weight")
-                tensors[key] = tensor.T if transposed else tensor
+    def load_clip(self, weights, place, device):
+        tensors = load_tensors(weights, "HPS_v2.1_compressed.pt", self.renames)
+        for key in ("text_projection.weight", "visual_projection.weight"):
+            tensors[key] = tensors[key].T
+        for key in [key for key in tensors if ".in_proj_" in key]:
+            for part, rows in zip("qkv", tensors.pop(key).chunk(3)):
+                tensors[key.replace(".in_proj_", f".{part}_proj.")] = rows
         model = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(**place))
         model.load_state_dict(tensors)
-        return model.eval()
+        return model.eval().to(device)
 
     def score_batch(self, images, prompts):
         side = self.clip.model.config.vision_config.image_size
@@ -617,9 +589,9 @@ class HPSv2(CLIPScore):
 
 def score_head(width):
     """The head of LAION's predictor and of ImageReward: (n, width) to (n, 1)."""
-    sizes = [width, 1024, 128, 64, 16, 1]
-    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
-    return nn.Sequential(OrderedDict(zip("02467", layers)))  # 1, 3 and 5 were dropouts
+    layers = [nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout()]
+    layers += [nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1)]
+    return nn.Sequential(*layers).eval()
 
 
 class Aesthetic(Reward):
@@ -633,64 +605,52 @@ class Aesthetic(Reward):
     def __init__(self, path, device):
         """path: a folder with `clip`, a CLIPModel, and `head`, with aesthetic-model.pth."""
         self.clip = CLIP(locate(path, "clip", "openai/clip-vit-large-patch14"), device)
-        self.head = score_head(self.clip.model.config.projection_dim)
         place = locate(path, "head", "trl-lib/ddpo-aesthetic-predictor")
         tensors = load_tensors(place, "aesthetic-model.pth", [(r"^layers\.", "")])
+        self.head = score_head(self.clip.model.config.projection_dim).to(device)
         self.head.load_state_dict(tensors)
-        self.head.to(device)
 
     def score_batch(self, images, prompts):
         return self.head(self.clip.images(images)).squeeze(-1)
 
 
 class ImageReward(Reward):
-    """Human preference (Xu et al. 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt's
-    first 35 tokens while it attends to the image, and a head scores its first vector, standardized
-    by the authors' constants (github.com/THUDM/ImageReward). Hacked by oversaturated close-ups.
-    Weights: Apache 2.0."""
+    """Human preference (Xu et al. 2023, arXiv 2304.05977, github.com/THUDM/ImageReward): BLIP reads
+    the prompt's first 35 tokens while it attends to the image, and a head scores its first vector.
+    Hacked by oversaturated close-ups. Weights: Apache 2.0."""
 
     name = "imagereward"
     range = (-2.0, 2.0)
     prompts = "geneval"
-    mean = 0.16717362830052426
+    mean = 0.16717362830052426  # of the authors' scores
     std = 1.0333394966054072
-    vision = {  # where BLIP-large differs from transformers' defaults
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "layer_norm_eps": 1e-6,
-    }
-    text = {"encoder_hidden_size": 1024, "num_attention_heads": 12}
-    renames = (  # the file's names to those of `build`; BLIP's contrastive heads are dropped
+    # BLIP-large, where it differs from transformers' defaults.
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    vision |= dict(num_attention_heads=16, image_size=224, layer_norm_eps=1e-6)
+    text = dict(encoder_hidden_size=1024, num_attention_heads=12)
+    renames = [  # the file's names to those of `build`; BLIP's contrastive heads are dropped
         (r"^blip\.(text|vision)_proj\..*|.*\.position_ids$", ""),
         (r"^mlp\.layers", "head"),
-        (r"^blip\.text_encoder", "text"),
-        (r"^blip\.visual_encoder", "vision"),
+        (r"^blip\.text_encoder", "text"), (r"^blip\.visual_encoder", "vision"),
         (r"\.cls_token$", ".embeddings.class_embedding"),
         (r"\.pos_embed$", ".embeddings.position_embedding"),
         (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."),
         (r"\.blocks\.", ".encoder.layers."),
-        (r"\.norm([12])\.", r".layer_norm\1."),
-        (r"^vision\.norm\.", "vision.post_layernorm."),
-        (r"\.attn\.qkv\.", ".self_attn.qkv."),
-        (r"\.attn\.proj\.", ".self_attn.projection."),
-    )
+        (r"\.norm([12])\.", r".layer_norm\1."), (r"^vision\.norm\.", "vision.post_layernorm."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."),
+    ]  # fmt: skip
 
     def __init__(self, path, device):
         """path: a folder with ImageReward.pt and the tokenizer of bert-base-uncased."""
+        self.device = device
         place = locate(path, "", "google-bert/bert-base-uncased")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
-        size = self.vision["image_size"]
-        self.processor = transformers.CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size=size
-        )
+        side = self.vision["image_size"]
+        self.processor = transformers.CLIPImageProcessorPil(size=side, crop_size=side)
         place = locate(path, "", "THUDM/ImageReward")
         self.model = self.build()
         self.model.load_state_dict(load_tensors(place, "ImageReward.pt", self.renames))
         self.model.eval().to(device)
-        self.device = device
 
     def build(self):
         model = nn.ModuleDict()
@@ -705,9 +665,8 @@ class ImageReward(Reward):
         tokens = self.tokenizer(prompts, max_length=35, **options).to(self.device)
         pixels = clip_pixels(self.processor, images).to(self.device)
         states = self.model["vision"](pixels).last_hidden_state
-        states = self.model["text"](
-            tokens.input_ids, tokens.attention_mask, encoder_hidden_states=states
-        ).last_hidden_state
+        text = (tokens.input_ids, tokens.attention_mask)
+        states = self.model["text"](*text, encoder_hidden_states=states).last_hidden_state
         scores = self.model["head"](states[:, 0]).squeeze(-1)
         return (scores - self.mean) / self.std
 
@@ -719,12 +678,11 @@ class Chat(Reward):
     """Base of rewards that ask a vision-language model. A subclass has `inputs`: from images to a
     dict of the model's inputs, and the number of vectors that an image becomes."""
 
-    def __init__(self, path, device):
-        place = locate(path, self.subfolder, self.repository)
+    def __init__(self, place, processor_class, device):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
-        self.processor = self.processor_class.from_pretrained(**place)
+        self.processor = processor_class.from_pretrained(**place)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # 7 B parameters
-        self.model = load_model(self.model_class, place, dtype).to(device)
+        self.model = load_model(transformers.AutoModelForImageTextToText, place, device, dtype)
 
     def ask(self, images, questions, do_sample=False):
         """The model's answers."""
@@ -736,42 +694,37 @@ class Chat(Reward):
             texts.append(self.template.format(image=self.image_token * vectors, question=question))
         # Padded on the left: an answer follows its question.
         tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        inputs = {**tokens, **inputs}
+        inputs = transformers.BatchFeature({**tokens, **inputs})
         if "image_grid_thw" in inputs:  # Qwen asks which tokens are an image's
             is_image = tokens.input_ids == self.model.config.image_token_id
             inputs["mm_token_type_ids"] = is_image.int()
-        inputs = {key: x.to(self.model.device) for key, x in inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = inputs.to(self.model.device, self.model.dtype)  # integers stay integers
         options = {"do_sample": do_sample, "max_new_tokens": self.max_new_tokens}
         answers = self.model.generate(**inputs, **options)[:, tokens.input_ids.shape[1] :]
         return [x.strip() for x in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 class VLM(Chat):
-    """DDPO's prompt alignment (Black et al. 2023): LLaVA says what it sees, and BERTScore's recall
-    how much of "The image contains {prompt}" is in that, as in github.com/kvablack/ddpo-pytorch
-    with an older LLaVA. Hacked by letters that name what was asked for. Weights: Llama 2 community
+    """DDPO's prompt alignment (Black et al. 2023, github.com/kvablack/ddpo-pytorch, with an older
+    LLaVA): LLaVA says what it sees, and BERTScore's recall how much of "The image contains
+    {prompt}" is in that. Hacked by letters that name what was asked for. Weights: Llama 2 community
     (LLaVA), MIT (DeBERTa)."""
 
     name = "vlm"
     prompts = "activities"
-    model_class = transformers.LlavaForConditionalGeneration
-    processor_class = transformers.CLIPImageProcessorPil
-    subfolder = "llava"
-    repository = "llava-hf/llava-1.5-7b-hf"
     template = "USER: {image}\n{question} ASSISTANT:"
     image_token = "<image>"
     max_new_tokens = 64
-    question = "Answer concisely: what is going on in this image?"
     layer = 40  # of DeBERTa's 48: the one that agrees best with people, by BERTScore's table
 
     def __init__(self, path, device):
         """path: a folder with `llava` and `deberta`, each with its tokenizer."""
-        super().__init__(path, device)
+        place = locate(path, "llava", "llava-hf/llava-1.5-7b-hf")
+        super().__init__(place, transformers.CLIPImageProcessorPil, device)
         place = locate(path, "deberta", "microsoft/deberta-xlarge-mnli")
         self.words = transformers.AutoTokenizer.from_pretrained(**place)
-        deberta = load_model(transformers.DebertaModel, place, num_hidden_layers=self.layer)
-        self.deberta = deberta.to(device)
+        layers = {"num_hidden_layers": self.layer}
+        self.deberta = load_model(transformers.DebertaModel, place, device, **layers)
 
     def inputs(self, images):
         vision = self.model.config.vision_config
@@ -779,7 +732,8 @@ class VLM(Chat):
         return {"pixel_values": clip_pixels(self.processor, images)}, vectors
 
     def score_batch(self, images, prompts):
-        answers = self.token_vectors(self.ask(images, [self.question] * len(images)))
+        question = "Answer concisely: what is going on in this image?"
+        answers = self.token_vectors(self.ask(images, [question] * len(images)))
         captions = self.token_vectors([f"The image contains {prompt}" for prompt in prompts])
         return [bertscore_recall(*pair) for pair in zip(answers, captions)]
 
@@ -803,16 +757,12 @@ def bertscore_recall(candidate, reference):
 
 class UnifiedReward(Chat):
     """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv
-    2503.05236), with the question of github.com/yifan123/flow_grpo. Marks are coarse and kind.
+    2503.05236), with the question of github.com/yifan123/flow_grpo. Marks are coarse and high.
     Hacked by text in the image that speaks to the judge. Weights: MIT."""
 
     name = "unifiedreward"
     range = (1.0, 5.0)
     prompts = "geneval"
-    model_class = transformers.Qwen2_5_VLForConditionalGeneration
-    processor_class = transformers.Qwen2VLImageProcessorPil
-    subfolder = ""
-    repository = "CodeGoat24/UnifiedReward-qwen-7b"
     template = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -833,6 +783,10 @@ Your task is provided as follows:
 Text Caption: [{prompt}]"""
     reminder = "\nAnswer with one line and nothing else: Final Score: and a number from 1 to 5."
 
+    def __init__(self, path, device):
+        place = locate(path, "", "CodeGoat24/UnifiedReward-qwen-7b")
+        super().__init__(place, transformers.Qwen2VLImageProcessorPil, device)
+
     def inputs(self, images):
         images = [image.resize(self.size, Image.BICUBIC) for image in images]
         inputs = self.processor(images, return_tensors="pt")
@@ -841,14 +795,14 @@ Text Caption: [{prompt}]"""
 
     def score_batch(self, images, prompts):
         questions = [self.question.format(prompt=prompt) for prompt in prompts]
-        scores = [final_score(reply) for reply in self.ask(images, questions)]
-        for i, score in enumerate(scores):
-            if score is None:
+        scores = []
+        for image, question, reply in zip(images, questions, self.ask(images, questions)):
+            if final_score(reply) is None:
                 # Sampled, or a resumed run would meet the same two replies again.
-                reply = self.ask([images[i]], [questions[i] + self.reminder], do_sample=True)[0]
-                scores[i] = final_score(reply)
-                if scores[i] is None:
-                    raise ValueError(f"no 1 to 5 after 'Final Score:' in two replies, {reply!r}")
+                reply = self.ask([image], [question + self.reminder], do_sample=True)[0]
+            if final_score(reply) is None:
+                raise ValueError(f"no 1 to 5 after 'Final Score:' in two replies, {reply!r}")
+            scores.append(final_score(reply))
         return scores
 
 
@@ -888,25 +842,24 @@ class Detection:
 class GenEval(Reward):
     """Are the objects, counts, colors and positions as asked? (Ghosh et al. 2023, arXiv 2310.11513)
 
-    As in github.com/djghosh13/geneval, Mask2Former finds objects of COCO's 80 classes, and CLIP
-    ViT-L/14 names their colors; but the checkpoint is not mmdet's, and sides are multiples of 32.
-    The reward is `partial_credit`. Logged besides are the benchmark's numbers: each task's share
-    of images with a `strict_verdict`, and their mean. Hacked by objects apart, as if pasted.
+    Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names their colors, as in
+    github.com/djghosh13/geneval, but with another checkpoint and sides that are multiples of 32.
+    The reward is `partial_credit`. Logged beside it are the benchmark's numbers: each task's share
+    of images that pass `strict_verdict`, and their mean. Hacked by objects apart, as if pasted.
     Weights: "other" (Mask2Former), no license stated (CLIP)."""
 
     name = "geneval"
     prompts = "geneval"
-    threshold = 0.3  # of a detection's score
-    counting_threshold = 0.9
-    shortest = 800  # sides that the detector sees, at most
-    longest = 1333
+    threshold = 0.3  # of a detection's score, but 0.9 for counting
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
+    shortest = 800  # sides that the detector sees, at most
+    longest = 1333
 
     def __init__(self, path, device):
         """path: a folder with `detector`, a Mask2Former for COCO, and `clip`, a CLIPModel."""
         place = locate(path, "detector", "facebook/mask2former-swin-small-coco-instance")
-        self.detector = load_model(Mask2Former, place).to(device)
+        self.detector = load_model(Mask2Former, place, device)
         self.clip = CLIP(locate(path, "clip", "openai/clip-vit-large-patch14"), device)
         self.color_vectors = {}  # class: (10, d), of COLORS
         self.device = device
@@ -917,13 +870,12 @@ class GenEval(Reward):
             raise cls.missing("GenEval's metadata, a tag and include", prompt, metadata)
         for i, wanted in enumerate(metadata["include"] + metadata.get("exclude", [])):
             places = [[relation, target] for relation in RELATIONS for target in range(i)]
-            valid = (
-                wanted.get("class") in CLASSES
-                and wanted.get("count", 0) > 0
-                and wanted.get("color", "red") in COLORS
-                and wanted.get("position") in [None, *places]
-            )
-            if not valid:
+            if (
+                wanted.get("class") not in CLASSES
+                or wanted.get("count", 0) < 1
+                or wanted.get("color", "red") not in COLORS
+                or wanted.get("position") not in [None, *places]
+            ):
                 raise cls.missing(f"objects as GenEval has them, not {wanted}", prompt, metadata)
 
     def score_all(self, images, prompts, metadata):
@@ -934,8 +886,8 @@ class GenEval(Reward):
             for objects, entry in zip(self.detect(images[i : i + self.batch], entries), entries):
                 scores.append(partial_credit(objects, entry))
                 verdicts.setdefault(entry["tag"], []).append(strict_verdict(objects, entry))
-        shares = {task: sum(verdicts[task]) / len(verdicts[task]) for task in verdicts}
-        shares["overall"] = sum(shares.values()) / len(shares)
+        shares = {f"{self.name}/{task}": sum(x) / len(x) for task, x in verdicts.items()}
+        shares[f"{self.name}/overall"] = sum(shares.values()) / len(shares)
         return scores, shares
 
     def detect(self, images, metadata):
@@ -947,8 +899,7 @@ class GenEval(Reward):
             inputs.append(standardize(to_pixels(image, self.device), size, self.mean, self.std))
         found = []
         for image, entry, logits in zip(images, metadata, in_batches(self.logits, inputs)):
-            counting = entry["tag"] == "counting"
-            threshold = self.counting_threshold if counting else self.threshold
+            threshold = 0.9 if entry["tag"] == "counting" else self.threshold
             objects = instances(*logits, (image.height, image.width), threshold)
             for wanted in entry["include"]:
                 if "color" in wanted and wanted["class"] in objects:
@@ -963,11 +914,10 @@ class GenEval(Reward):
     def name_colors(self, image, name, objects):
         """Sets each object's color: the nearest, by CLIP, to its box with all else in gray."""
         if name not in self.color_vectors:
-            texts = []
-            for color in COLORS:
-                for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object"):
-                    texts.append(f"a photo of a {words}")
-            means = self.clip.texts(texts).view(len(COLORS), 3, -1).mean(1)
+            kinds = ("{} {}", "{}-colored {}", "{} object")
+            words = [kind.format(color, name) for color in COLORS for kind in kinds]
+            vectors = self.clip.texts([f"a photo of a {text}" for text in words])
+            means = vectors.view(len(COLORS), len(kinds), -1).mean(1)
             self.color_vectors[name] = F.normalize(means, dim=-1)
         image = image.convert("RGB")
         gray = Image.new("RGB", image.size, "#999")
@@ -1000,11 +950,9 @@ def instances(class_logits, mask_logits, size, threshold):
     scores = scores[scores > threshold]
     if not len(index):
         return {}
-    logits = mask_logits[None, index // classes].float()
-    logits = F.interpolate(logits, size, mode="bilinear")[0]
+    logits = F.interpolate(mask_logits[None, index // classes].float(), size, mode="bilinear")[0]
     masks = logits > 0
-    areas = masks.sum((1, 2)).clamp(min=1)
-    scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / areas
+    scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
     objects = {}
     for i in scores.argsort(descending=True).tolist():
         mask = masks[i].cpu()
@@ -1055,7 +1003,6 @@ def strict_verdict(objects, entry):
 
 def partial_credit(objects, entry):
     """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025).
-
     A count n gets 1 - |n - found| / n, below 0 for more than twice as many; a color the share of n
     that has it; a position 1 or 0, judged if the color is right. If the count is wrong, color and
     position share one 0. (github.com/yifan123/reward-server adds a 1 to a wrong position's 0.)"""
@@ -1093,11 +1040,10 @@ def held_out(text):
 
 
 def prompts(source, split, seed=0, whole_file=False):
-    """Pairs (prompt, metadata) of a generator in `PROMPTS`, or of a .txt or .jsonl file.
-
-    "train": without end, in an order that depends on the seed, an int or str. "eval": a fixed list
-    of at most 512. None of its texts (`ocr`), words (`signs`), animals (`animals`) or other
-    prompts is ever trained on, unless all of a file is asked for."""
+    """Pairs (prompt, metadata) of a generator in `PROMPTS`, or of a .txt or .jsonl file. "train":
+    without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
+    None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
+    on, unless all of a file is asked for."""
     if split == "train":
         return endless(source, split, random.Random(seed), whole_file)
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
@@ -1119,35 +1065,32 @@ def endless(source, split, rng, whole_file=False):
         yield from rng.sample(pairs, len(pairs))
 
 
-def drop_nulls(entry):
-    return {key: value for key, value in entry.items() if value is not None}
-
-
 def read_prompts(source):
     """All pairs (prompt, metadata) of a file, or a generator's evaluation list."""
     if source in PROMPTS:
         return prompts(source, "eval")
-    if Path(source).suffix not in (".txt", ".jsonl"):
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{source}: prompts come from a .txt or .jsonl file or {list(PROMPTS)}")
     pairs = []
-    lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
-            is_json = Path(source).suffix == ".jsonl"
+            is_json = path.suffix == ".jsonl"
             metadata = json.loads(line, object_hook=drop_nulls) if is_json else {"prompt": line}
             prompt = metadata.pop("prompt").strip()
             pairs.append((prompt, {**metadata, "where": f"{source}, line {number}"}))
     return pairs
 
 
-SIGN_COLORS = {  # as tiny-sd3 was shown them
-    "red": (200, 40, 40),
-    "green": (30, 140, 60),
-    "blue": (40, 70, 200),
-    "black": (30, 30, 34),
-    "brown": (130, 84, 44),
-    "teal": (20, 130, 140),
-}
+def held_out_prompts(source, count, file=None):
+    """All pairs of a file, or `count` evaluation pairs of a source; a short list comes again."""
+    if file:
+        return read_prompts(file)
+    return list(itertools.islice(itertools.cycle(prompts(source, "eval")), count))
+
+
+def drop_nulls(entry):
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def sign_prompts(split, rng):
@@ -1186,12 +1129,9 @@ ADJECTIVES = "fresh warm quiet golden happy little hidden silver wild gentle bra
 def text_prompts(split, rng):
     """One to three English words: `A neon sign in a rainy street that says "Dream Big"`."""
     while True:
-        text = rng.choice(TEXTS).format(
-            noun=rng.choice(NOUNS),
-            other=rng.choice(NOUNS),
-            verb=rng.choice(VERBS),
-            adj=rng.choice(ADJECTIVES),
-        )
+        text = rng.choice(TEXTS)
+        words = {"noun": rng.choice(NOUNS), "other": rng.choice(NOUNS)}
+        text = text.format(**words, verb=rng.choice(VERBS), adj=rng.choice(ADJECTIVES))
         scene = rng.choice(SCENES)
         style = rng.choice(STYLES)
         case = rng.choice((str.upper, str.title, str.capitalize))
@@ -1226,11 +1166,11 @@ def geneval_prompts(split, rng):
     task = next(tasks)
     while True:
         a, b = rng.sample(CLASSES[1:] if "color" in task else CLASSES, 2)  # no person is green
+        first = {"class": a, "count": 1}
+        second = {"class": b, "count": 1}
         count = rng.randint(2, 4)
         color, other_color = rng.sample(COLORS, 2)
         relation = rng.choice(RELATIONS)
-        first = {"class": a, "count": 1}
-        second = {"class": b, "count": 1}
         include = {
             "single_object": [first],
             "two_object": [first, second],
@@ -1269,74 +1209,64 @@ def phrase(name, count=1, color=None):
     return f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}"
 
 
-PROMPTS = {
-    "ocr": text_prompts,
-    "geneval": geneval_prompts,
-    "animals": animal_prompts,
-    "activities": activity_prompts,
-    "signs": sign_prompts,
-}
+PROMPTS = dict(ocr=text_prompts, geneval=geneval_prompts, animals=animal_prompts)
+PROMPTS |= dict(activities=activity_prompts, signs=sign_prompts)
 
 
 # Pictures of a run
 
 
-def contact_sheet(path, images, captions, columns=4):
-    """Images in a grid, each over its caption, small ones enlarged without smoothing."""
+def contact_sheet(path, images, scores, pairs):
+    """The first 16 images, four in a row, each over its score and prompt; small ones are enlarged
+    without smoothing. pairs: (prompt, metadata) of each image."""
     scale = max(1, 256 // images[0].width)
-    width = images[0].width * scale
-    height = images[0].height * scale
-    captions = [textwrap.wrap(caption, width // 7)[:3] for caption in captions]
-    cell = height + 18 * max(len(lines) for lines in captions) + 10
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (width + 8), rows * cell), "white")
+    width, height = (side * scale for side in images[0].size)
+    rows = math.ceil(min(len(images), 16) / 4)
+    sheet = Image.new("RGB", (4 * (width + 8), rows * (height + 40)), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=13)
-    for i, (image, lines) in enumerate(zip(images, captions)):
-        x = i % columns * (width + 8)
-        y = i // columns * cell
+    for i, (image, score, (prompt, _)) in enumerate(zip(images[:16], scores, pairs)):
+        x = i % 4 * (width + 8)
+        y = i // 4 * (height + 40)
         sheet.paste(image.resize((width, height), Image.NEAREST), (x, y))
-        pen.multiline_text((x + 4, y + height + 2), "\n".join(lines), "black", font)
+        caption = textwrap.fill(f"{score:.2f}  {prompt}", width // 7, max_lines=2)
+        pen.multiline_text((x + 4, y + height + 2), caption, "black", font)
     sheet.save(path)
 
 
-def plot_curve(path, metrics, names):
-    """A panel for each name: its values in training (thin) and evaluation (thick), the last one as
-    a number, against images scored. metrics: the lines of metrics.jsonl, as dicts."""
+def plot_curve(path, metrics):
+    """A panel for each number of the last evaluation. metrics: the lines of metrics.jsonl."""
+    counters = ("split", "epoch", "step", "images", "seconds")
+    names = [name for name in metrics[-1] if name not in counters]
+    if metrics[-1]["reward"] == metrics[-1][names[1]]:
+        names.remove("reward")  # it is no sum
     columns = min(len(names), 3)
-    rows = math.ceil(len(names) / columns)
-    chart = Image.new("RGB", (columns * 720, rows * 480), "white")
+    chart = Image.new("RGB", (columns * 720, math.ceil(len(names) / columns) * 480), "white")
     for i, name in enumerate(names):
-        chart.paste(plot_panel(metrics, name), (i % columns * 720, i // columns * 480))
-    chart = chart.resize((chart.width // 2, chart.height // 2), Image.LANCZOS)  # smooth lines
-    chart.save(path)
+        panel = plot_panel(name, [line for line in metrics if name in line])
+        chart.paste(panel, (i % columns * 720, i // columns * 480))
+    chart.resize((chart.width // 2, chart.height // 2), Image.LANCZOS).save(path)  # smooth lines
 
 
-def plot_panel(metrics, name, width=720, height=480):
-    panel = Image.new("RGB", (width, height), "white")
+def plot_panel(name, lines):
+    """Training (thin) and evaluations (thick, the last as a number) against images scored."""
+    panel = Image.new("RGB", (720, 480), "white")
     pen = ImageDraw.Draw(panel)
     font = ImageFont.load_default(size=26)
-    pen.text((110, 24), name, "black", font)
-    lines = [line for line in metrics if name in line]
-    if not lines:
-        return panel
-    images = max(line["images"] for line in lines) or 1
     low = min(line[name] for line in lines)
     high = max(line[name] for line in lines)
+    images = lines[-1]["images"]
 
     def position(x, y):
-        fraction = (y - low) / ((high - low) or 1)
-        return 110 + (width - 150) * x / images, height - 70 - (height - 160) * fraction
+        return 110 + 570 * x / (images or 1), 410 - 320 * (y - low) / ((high - low) or 1)
 
     for y in (low, (low + high) / 2, high):
         pen.line([position(0, y), position(images, y)], "#e2e8f0", 2)
         pen.text((96, position(0, y)[1]), f"{y:.3g}", "#64748b", font, "rm")
-    for x, anchor in ((0, "lt"), (images, "rt")):
-        pen.text((position(x, low)[0], height - 56), f"{x:,}", "#64748b", font, anchor)
+    pen.text((680, 424), f"{images:,} images", "#64748b", font, "rt")
     for split, color, thickness in (("train", "#93c5fd", 3), ("eval", "#1d4ed8", 7)):
-        points = [(line["images"], line[name]) for line in lines if line["split"] == split]
-        if points:
-            pen.line([position(x, y) for x, y in points], color, thickness, "curve")
-            last = f"{points[-1][1]:.3g}"
-    pen.text((width - 40, 24), last, color, font, "ra")
+        points = [position(x["images"], x[name]) for x in lines if x["split"] == split]
+        pen.line(points, color, thickness, "curve")
+    pen.text((110, 24), name, "black", font)
+    pen.text((680, 24), f"{lines[-1][name]:.3g}", color, font, "ra")
     return panel
