@@ -1,14 +1,16 @@
 """CRD, Centered Reward Distillation (Zhu et al. 2026, arXiv 2603.14128), in one file.
 
 Fine-tune a flow-matching text-to-image model so that its images score higher under any reward.
-What a reader who knows PPO would not expect: there is no policy gradient, but a regression of the
-policy's log-ratio to a reference on the reward, both centered per prompt. There are no
-trajectories: the log-ratio is estimated by noising finished images and denoising them once, so any
-ODE sampler will do. And the policy runs without classifier-free guidance, which an anchor distills.
+What a reader who knows PPO would not expect:
+
+1. No policy gradient: a regression of the policy's log-ratio to a reference on the reward, both
+   centered per prompt.
+2. No trajectories: a finished image is noised and denoised once, so any ODE sampler will do.
+3. No classifier-free guidance in sampling: a penalty, the anchor, teaches it to the policy.
 
 Why it works: max_p E_p[r] - beta KL(p || p_old) has the optimum p* = p_old exp(r / beta) / Z, so
-r = beta log(p* / p_old) + beta log Z. Z is intractable but depends on the prompt alone: subtract
-the mean over K images of one prompt from both sides, and it is gone.
+r = beta log(p* / p_old) + beta log Z, for any image, whoever drew it. Z is intractable but depends
+on the prompt alone: subtract, on both sides, the mean over K images of one prompt, and it is gone.
 
     x0, noise, sigma   an image's latents, Gaussian noise, noise level in [0, 1]
     x, u               the noised image (1 - sigma) x0 + sigma noise; its velocity, noise - x0
@@ -16,17 +18,17 @@ the mean over K images of one prompt from both sides, and it is gone.
                        pretrained model with guidance
     rho                how much better than `old` the policy denoises: a proxy of log p / p_old
     R, s               reward; its advantage, clipped to +-A_max and scaled to [0, 1]
-    kappa_i            strength of the anchor, growing with the image's reward
+    n, kappa           reward scaled to [0, 1] by its own range; weight of the anchor, grows with n
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,  m = mean |v - u|    implicit_reward
     L   = A_max / beta mean_i [beta (rho_i - mean rho) - (s_i - mean s)]^2             crd_loss
           + mean_i kappa_i mean (v - v_ref)^2                                       anchor_loss
 
 One frozen model carries four LoRA adapters. `policy` is trained. `sampler` draws the images and
-`old` is the reference: two EMAs of the policy, since images should be fresh, but rho would be 0
-if `old` were the policy. `ema`, a third, is evaluated and saved. Every epoch, `train` draws K
-images of each prompt (generate), scores them (reward_targets), takes a few optimizer steps on L
-(objective), and lets `old` and `sampler` follow the policy (ema_decay, ema_update).
+`old` is the reference, each an EMA of the policy at its own pace: images should be recent, while
+rho measures, and L limits, how far the policy has moved from `old`. `ema`, a third, is evaluated
+and saved. Every epoch, `train` draws K images of each prompt (generate), scores them
+(reward_targets), takes optimizer steps on L (objective), and lets `old` and `sampler` follow.
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -60,7 +62,7 @@ import rewards
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DECAY = "per epoch, of an EMA of the policy: start step, start value, slope per step, end value"
+DECAY = "of an EMA updated once per epoch; ramps with optimizer steps: start, value, slope, end"
 
 
 def arg(default, help):
@@ -91,13 +93,13 @@ class Settings:
     rollout_steps: int = arg(10, "sampler steps of a rollout")
     sample_batch: int = arg(24, "images sampled at once")
     # loss
-    beta: float = arg(1.0, "scale of the implicit reward beta * rho")
+    beta: float = arg(1.0, "scale of rho: the larger, the closer to `old`")
     tau: float = arg(math.inf, "softmax temperature of the group mean; inf: plain")
-    reward_weight: float = arg(1.0, "of the CRD loss; 0: the anchor alone")
+    reward_weight: float = arg(1.0, "weight of the CRD loss; 0: the anchor alone")
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
     anchor_adaptive: bool = arg(True, "kappa_i grows with the image's reward")
-    train_timesteps: int = arg(9, "sigmas per step, drawn from the rollout's")
+    train_timesteps: int = arg(9, "noise levels per step, drawn from the rollout's")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps, each on a share of the groups")
@@ -105,7 +107,7 @@ class Settings:
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
-    ema: float = arg(0.9, "decay of the EMA that is evaluated and saved")
+    ema: float = arg(0.9, "decay of the EMA that is evaluated, after a warm-up")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
@@ -115,7 +117,7 @@ class Settings:
     eval_every: int = arg(10, "epochs between evaluations")
     eval_images: int = arg(128, "held-out prompts, always with the same noise")
     eval_steps: int = arg(40, "sampler steps of an evaluation")
-    eval_guidance: float = arg(1.0, "of evaluations; rollouts have none")
+    eval_guidance: float = arg(1.0, "guidance of evaluations; rollouts have none")
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
     eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
     resume: str | None = arg(None, "continue the run in this folder")
@@ -147,18 +149,19 @@ def sample_ode(velocity, noise, sigmas):
 
     A step from s to t is x_t = D + t / s (x_s - D). In Euler's method D is the predicted image x0.
     Here it is extrapolated in log-SNR from the last two, except in the first and last step and in
-    any that is more than twice as long as the one before, where that overshoots.
+    any that is more than twice as long in log-SNR as the one before, where that overshoots.
     velocity(x, sigma ()) -> (B, ...); noise (B, ...); sigmas (S + 1,), descending to 0.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
     gaps = torch.log((1 - sigmas) / sigmas).diff()
-    # Log-SNR is infinite at sigma 1 and 0: the ratio is 0 in step 2 and infinite in the last step.
+    # Log-SNR is infinite at sigma 1 and 0: step 2 extrapolates by 0, the last step is Euler's.
     ratios = [math.inf, *(gaps[1:] / gaps[:-1]).tolist()]
     x = noise
     last_x0 = None
     for s, t, ratio in zip(sigmas[:-1], sigmas[1:], ratios):
-        D = x0 = x - s * velocity(x, s)
+        x0 = x - s * velocity(x, s)
+        D = x0
         if ratio <= 2:
             D = x0 + ratio / 2 * (x0 - last_x0)
         x = D + t / s * (x - D)
@@ -191,7 +194,7 @@ def implicit_reward(v, v_old, u):
     """
 
     def weighted_error(prediction):
-        error = (prediction.float() - u.float()).flatten(1)  # in bf16 it would drown rho
+        error = (prediction.float() - u.float()).flatten(1)  # bf16 would round rho away
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
 
@@ -202,13 +205,13 @@ def crd_loss(rho, targets, group_size, beta=1.0, clip=5.0, tau=math.inf):
     """A_max / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2, with A_max = clip.
 
     rho, targets s (B,), whole groups side by side. At rho = 0 its gradient is that of -mean_i A_i
-    rho_i. A finite tau weighs the group means by softmax(s / tau), in a second loss by
-    softmax(-s / tau), and takes the mean of both losses.
+    rho_i. If tau is finite, the loss is the mean of two: one centers by group means with weights
+    softmax(s / tau), one with softmax(-s / tau).
     """
     rho = rho.view(-1, group_size)
     s = targets.view(-1, group_size)
     weights = torch.softmax(torch.stack([s, -s]) / tau, -1)  # 1 / K at tau = inf
-    mean_rho = (weights * rho.detach()).sum(-1, keepdim=True)
+    mean_rho = (weights * rho.detach()).sum(-1, keepdim=True)  # a constant, as the paper has it
     mean_s = (weights * s).sum(-1, keepdim=True)
     residual = beta * (rho - mean_rho) - (s - mean_s)
     return clip / beta * residual.square().mean()
@@ -327,7 +330,7 @@ def lora_state_dict(layers, adapter):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # peft's, if diffusers saved it; without it, alpha is the rank
+    config = config or {}  # peft's, where diffusers saved one; this script folds the scale into B
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -382,7 +385,7 @@ TARGET_MODULES = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 BLOCKS = ("JointTransformerBlock",)
-MULTIPLE = 16  # of pixels: 8 of them are a latent, 2 of which are a patch
+MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 
 
 def load_pipeline(args, device):
@@ -392,7 +395,7 @@ def load_pipeline(args, device):
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = {}
     for name, value in kind.load_config(args.model).items():
-        if value == [None, None]:  # such as T5
+        if value == [None, None]:  # such as T5 in tiny-sd3
             parts[name] = None
         elif name == "vae" or name.startswith(("transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
@@ -406,8 +409,8 @@ def load_pipeline(args, device):
     is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
     is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
     assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
-    for p in pipe.transformer.parameters():
-        p.data = p.data.to(frozen)  # diffusers judges a file's precision by its first tensor
+    for p in pipe.transformer.parameters():  # diffusers looks at a file's first tensor alone
+        p.data = p.data.to(frozen)  # and not at buffers: positions stay float32
     pipe.transformer.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
@@ -526,9 +529,8 @@ def train(args):
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
     reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
-    judges = []
     if args.eval_rewards and RANK == 0:  # only process 0 evaluates
-        judges = [rewards.load(args.eval_rewards, device, held_out)]
+        held_out_reward = rewards.load(args.eval_rewards, device, held_out)
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
@@ -558,7 +560,6 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
-    assert progress["epoch"] <= args.epochs, f"{folder} already has {progress['epoch']} epochs"
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -577,8 +578,8 @@ def train(args):
         x0 = sample("ema", noise, held_out_cond, args.eval_steps, args.eval_guidance)
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
-        for judge in judges:
-            values |= judge.score(images, *zip(*held_out))[1]
+        if args.eval_rewards:
+            values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         out = folder / f"epoch-{progress['epoch']:04d}"
         pipe.save_lora_weights(out, transformer_lora_layers=lora_state_dict(layers, "ema"))

@@ -103,7 +103,7 @@ class Settings:
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate")
-    ema: float = arg(0.9, "decay of the EMA that is evaluated and saved")
+    ema: float = arg(0.9, "decay of the EMA that is evaluated, after a warm-up")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
     # run
@@ -390,7 +390,7 @@ def lora_state_dict(layers, adapter):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # peft's, if diffusers saved it; without it, alpha is the rank
+    config = config or {}  # peft's, where diffusers saved one; this script folds the scale into B
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -612,9 +612,8 @@ def train(args):
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
     reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
-    judges = []
     if args.eval_rewards and RANK == 0:  # only process 0 evaluates
-        judges = [rewards.load(args.eval_rewards, device, held_out)]
+        held_out_reward = rewards.load(args.eval_rewards, device, held_out)
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)
@@ -647,7 +646,6 @@ def train(args):
         progress = state["progress"]
         metrics = state["metrics"]
         statistics.history = state["statistics"]
-    assert progress["epoch"] <= args.epochs, f"{folder} already has {progress['epoch']} epochs"
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -667,8 +665,8 @@ def train(args):
             x0, _, _ = rollout(model, noise.to(device), held_out_cond, uncond, rows, 0, args)
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
-        for judge in judges:
-            values |= judge.score(images, *zip(*held_out))[1]
+        if args.eval_rewards:
+            values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         out = folder / f"epoch-{progress['epoch']:04d}"
         tensors = lora_state_dict(layers, "ema")
