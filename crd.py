@@ -138,7 +138,7 @@ PRESETS = {
         eval_every=16, eval_images=512, eval_steps=10,
         eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color",
     ),
-}
+}  # fmt: skip
 
 
 # The mathematics: pure functions, in the order in which the loop calls them. Latents are (B, ...).
@@ -538,7 +538,8 @@ def train(args):
     uncond = encode(pipe, [""], args)
     held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
     layers = add_lora(pipe.transformer, TARGET_MODULES, args.rank, args.alpha, ADAPTERS)
-    if args.lora:
+    state_file = folder / "state.pt"
+    if args.lora and not state_file.exists():
         load_lora(layers, pipe, args.lora, "transformer")
     if args.compile:
         for block in pipe.transformer.modules():
@@ -553,9 +554,10 @@ def train(args):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    if (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        pipe.transformer.load_state_dict(state["adapters"], strict=False)
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        unknown = pipe.transformer.load_state_dict(state["adapters"], strict=False).unexpected_keys
+        assert not unknown, f"{folder} has trained another model: {unknown[:3]}"
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
@@ -616,7 +618,8 @@ def train(args):
             dist.all_gather_object(shards, (R, values))
         R = torch.cat([R for R, _ in shards])
         values = {name: fmean(v[name] for _, v in shards if name in v) for name in values}
-        targets = reward_targets(R, K)[RANK * N :][:N].to(device)
+        own = slice(RANK * N, (RANK + 1) * N)
+        targets = reward_targets(R, K)[own].to(device)
         clock.append(time.perf_counter())
 
         # 3. Train: each optimizer step on a share of the groups, at some of the rollout's sigmas.
@@ -673,7 +676,7 @@ def train(args):
         state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics}
         torch.save(state, folder / "state.aside")
-        (folder / "state.aside").replace(folder / "state.pt")
+        (folder / "state.aside").replace(state_file)
         if args.wandb:
             for line in metrics[sent:]:
                 wandb.log({f"{line['split']}/{name}": line[name] for name in line})

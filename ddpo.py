@@ -6,27 +6,28 @@ sampler as a policy. What a reader who knows PPO would not expect:
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
 3. There is no critic. The baseline is each prompt's own running mean of the reward.
-4. Log-probabilities are averaged over an image's latents, so ratios hardly leave 1, and the clip is
-   as small as 1e-4. A rounding difference between sampling and training would look like a change of
-   the policy: `first_ratio_error` logs it, and should be exactly 0.
+4. Log-probabilities are averaged over an image's latents, so ratios stay within about 1e-4 of 1,
+   and so small is the clip. Even a rounding difference between sampling and training would count as
+   a change of the policy: `first_ratio_error` logs it, and should be exactly 0.
 
     c, t, x            state: the prompt, the step, the noisy latents
     x_next             action: the latents after the step, one drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
     p, p_old           the policy; the policy at the start of the epoch, which drew the images
 
-    grad E[R] = E_p    [ sum_t A grad log p(x_next | x, c) ]          `sf`, score_function_loss
-              ~ E_old  [ sum_t A grad (p / p_old)(x_next | x, c) ]    `is`, importance_sampling_loss
+    grad E[R] = E_p   [ sum_t A grad log p(x_next | x, t, c) ]        `sf`, score_function_loss
+              ~ E_old [ sum_t A grad (p / p_old)(x_next | x, t, c) ]  `is`, importance_sampling_loss
 
-The first holds for the policy that drew the images, so `sf` makes one update and draws again. The
-second weighs a step by how much likelier it has become, so `is` makes several: every image is used
-once, but later updates start from a policy that has moved. PPO's clip zeroes the gradient once the
+At p = p_old both have the same gradient. `sf` stops there: one update, then new images. `is`
+corrects for a policy that has moved, so it makes several updates: every image is used once, but
+later updates start from a policy that did not draw it. PPO's clip zeroes the gradient once the
 ratio has moved past it in the advantage's direction.
 
 Every epoch, `train` draws images and keeps their states and log p_old (rollout), scores them
-(PromptStatistics), and updates the policy on every step that was taken (policy_terms). The paper's
+(prompt_advantages), and updates the policy on every step that was taken (policy_terms). The paper's
 baselines `rwr` and `rwr-sparse` instead train the denoising loss on the model's own images,
-weighted by reward or on the best alone (regression_terms).
+weighted by reward or on the best alone, shuffled, as often as there are steps (regression_terms).
+What is evaluated and saved is `ema`, an EMA of the policy.
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -63,8 +64,6 @@ TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 
 
 def arg(default, help):
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -88,13 +87,13 @@ class Settings:
     images: int = arg(256, "images per epoch")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
-    random_steps: int = arg(50, "the first steps, which have noise and are trained on")
+    random_steps: int = arg(50, "this many first steps have noise and are trained on")
     guidance: float = arg(5.0, "classifier-free guidance, in training, too")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
     micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
-    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "or a baseline")
+    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "rwr: baselines")
     updates: int = arg(4, "optimizer steps per epoch; sf: 1")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
@@ -183,31 +182,23 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     return gaussian_step(mean, s * (-dt).sqrt(), x_next, generator)
 
 
-class PromptStatistics:
+def prompt_advantages(history, prompts, R, minimum=16, buffer=32, clip=5.0):
     """Advantages (R - mean) / std by each prompt's own last `buffer` rewards (paper, sec. 5).
 
-    This removes the prompt's difficulty from the advantage. Below `minimum` rewards of a prompt,
-    the epoch's mean and std are used.
+    prompts: N str; R (N,) -> (N,), clipped to +-clip. history, {prompt: list of float}, takes R in.
+    This removes the prompt's difficulty from the advantage. A prompt with fewer than `minimum`
+    rewards uses the mean and std of R.
     """
-
-    def __init__(self, buffer=32, minimum=16):
-        self.buffer = buffer
-        self.minimum = minimum
-        self.history = {}  # prompt: list of float
-
-    def advantages(self, prompts, R, clip=5.0):
-        """prompts: N str; R (N,), remembered from now on -> (N,), clipped to +-clip."""
-        R = R.double()  # in float32, rounding would give equal rewards an advantage
-        for prompt, reward in zip(prompts, R.tolist()):
-            recent = self.history.get(prompt, []) + [reward]
-            self.history[prompt] = recent[-self.buffer :]
-        A = torch.empty_like(R)
-        for i, prompt in enumerate(prompts):
-            recent = R.new_tensor(self.history[prompt])
-            if len(recent) < self.minimum:
-                recent = R
-            A[i] = (R[i] - recent.mean()) / (recent.std(correction=0) + 1e-6)
-        return A.clamp(-clip, clip).float()
+    R = R.double()  # in float32, rounding would give equal rewards an advantage
+    for prompt, reward in zip(prompts, R.tolist()):
+        history[prompt] = (history.get(prompt, []) + [reward])[-buffer:]
+    A = torch.empty_like(R)
+    for i, prompt in enumerate(prompts):
+        recent = R.new_tensor(history[prompt])
+        if len(recent) < minimum:
+            recent = R
+        A[i] = (R[i] - recent.mean()) / (recent.std(correction=0) + 1e-6)
+    return A.clamp(-clip, clip).float()
 
 
 def score_function_loss(log_prob, advantages):
@@ -231,7 +222,7 @@ def rwr_weights(advantages, temperature=0.2):
 
 
 def best_images(advantages, keep=0.1):
-    """Indices of the best `keep` of N images, repeated to N: rwr-sparse trains on these alone."""
+    """Indices of the best `keep` of N images, cycled to N, so that there are as many updates."""
     N = len(advantages)
     count = max(round(keep * N), 1)
     return advantages.topk(count).indices.repeat(math.ceil(N / count))[:N]
@@ -264,7 +255,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     return {
         "loss": loss,
         "approx_kl": change.square().mean() / 2,
-        "clip_fraction": (ratio_error > args.clip).float().mean(),
+        "clip_fraction": (ratio_error > args.clip).float().mean(),  # to either side
         "ratio_error": ratio_error.mean(),
     }
 
@@ -291,8 +282,8 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
     """Draw images from x_T = noise (N, ...), in the micro-batches that training will use.
 
     The first `random_steps` have noise. The others are deterministic and have no log-probability:
-    to the gradient they are a part of the environment. Returns x0 (N, ...), the states from x_T on
-    (N, random_steps + 1, ...), and log_probs (N, random_steps).
+    they count as part of the environment, without a gradient. Returns x0 (N, ...), the states from
+    x_T on (N, random_steps + 1, ...), and log_probs (N, random_steps).
     """
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
@@ -597,7 +588,7 @@ def train(args):
     assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
     assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
-    assert args.random_steps <= args.steps, "--random-steps exceeds --steps"
+    assert 0 < args.random_steps <= args.steps, "--random-steps: from 1 to --steps"
     assert args.stat_min <= 32, "--stat-min exceeds the 32 rewards that are kept of a prompt"
 
     if args.wandb and RANK == 0:
@@ -623,7 +614,8 @@ def train(args):
     uncond = encode(pipe, model, [""])
     held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
     layers = add_lora(model.network, model.target_modules, args.rank, args.alpha, ADAPTERS)
-    if args.lora:
+    state_file = folder / "state.pt"
+    if args.lora and not state_file.exists():
         load_lora(layers, pipe, args.lora, model.prefix)
     if args.compile:
         for block in model.network.modules():
@@ -637,15 +629,16 @@ def train(args):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    statistics = PromptStatistics(minimum=args.stat_min)
-    if (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        model.network.load_state_dict(state["adapters"], strict=False)
+    history = {}  # prompt: its last rewards
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        unknown = model.network.load_state_dict(state["adapters"], strict=False).unexpected_keys
+        assert not unknown, f"{folder} has trained another model: {unknown[:3]}"
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
-        statistics.history = state["statistics"]
+        history = state["history"]
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -678,20 +671,22 @@ def train(args):
     if progress["epoch"] == 0 and RANK == 0:
         evaluate()
     per_update = N // args.updates
-    updates = [batches(i, i + per_update, args.micro_batch) for i in range(0, N, per_update)]
+    starts = range(0, N, per_update)
+    # For each update a list of micro-batches, in which its images are also drawn.
+    rollout_updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
         seed = random.Random(f"{args.seed} {epoch} {RANK}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
-        # 1. Act: every image is a trajectory of decisions.
+        # 1. Roll out.
         stream = rewards.prompts(source, "train", seed, whole_file=bool(args.eval_prompts))
         pairs = list(itertools.islice(stream, N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0, states, log_probs = rollout(
-            model, noise, cond, uncond, sum(updates, []), args.random_steps, args, generator
+            model, noise, cond, uncond, sum(rollout_updates, []), args.random_steps, args, generator
         )
         images = decode(pipe, x0)
         clock.append(time.perf_counter())
@@ -705,23 +700,25 @@ def train(args):
         R = torch.cat([R for R, _, _ in shards])
         values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in values}
         all_prompts = [prompt for _, _, prompts in shards for prompt in prompts]
-        A = statistics.advantages(all_prompts, R)[RANK * N :][:N].to(device)
+        all_A = prompt_advantages(history, all_prompts, R, args.stat_min).to(device)
+        own = slice(RANK * N, (RANK + 1) * N)
+        A = all_A[own]
         clock.append(time.perf_counter())
 
-        # 3. Improve, each update on its share of the images.
+        # 3. Improve: each update on its share of the images, at every step with noise.
         totals = defaultdict(float)
-        shares = updates
-        passes = range(args.random_steps)
-        if is_regression:
+        updates = rollout_updates
+        timesteps = range(args.random_steps)
+        if is_regression:  # at as many random steps per image as the sampler takes
+            timesteps = range(args.steps)
             order = torch.randperm(N, generator=generator, device=device)
-            weights = rwr_weights(A, args.temperature)
+            weights = rwr_weights(all_A, args.temperature)[own]
             if args.algorithm == "rwr-sparse":
                 order = best_images(A, args.keep)[order]
                 weights = torch.ones_like(A)
-            shares = [share.split(args.micro_batch) for share in order.split(per_update)]
-            passes = range(args.steps)
-        for update, share in enumerate(bar(shares, "train")):
-            for rows, i in itertools.product(share, passes):
+            updates = [rows.split(args.micro_batch) for rows in order.split(per_update)]
+        for update, micro_batches in enumerate(bar(updates, "train")):
+            for rows, i in itertools.product(micro_batches, timesteps):
                 c = [part[rows] for part in cond]
                 if is_regression:
                     terms = regression_terms(
@@ -732,19 +729,19 @@ def train(args):
                     terms = policy_terms(
                         model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args
                     )
-                weight = len(A[rows]) / per_update / len(passes)
-                (weight * terms["loss"]).backward()
+                share = len(A[rows]) / per_update / len(timesteps)
+                (share * terms["loss"]).backward()
                 for name, term in terms.items():
-                    totals[name] += weight / len(shares) * term.detach()
+                    totals[name] += share / len(updates) * term.detach()
             if update == 0 and not is_regression:
-                values["first_ratio_error"] = totals["ratio_error"].item() * len(shares)
+                values["first_ratio_error"] = totals["ratio_error"].item() * len(updates)
             if WORLD_SIZE > 1:
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
                 nn.utils.vector_to_parameters(flat / WORLD_SIZE, gradients)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-            totals["grad_norm"] += norm / len(shares)
+            totals["grad_norm"] += norm / len(updates)
             optimizer.step()
             optimizer.zero_grad()
             progress["step"] += 1
@@ -769,9 +766,9 @@ def train(args):
         tensors = model.network.state_dict()
         adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
         state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
-        state |= {"progress": progress, "metrics": metrics, "statistics": statistics.history}
+        state |= {"progress": progress, "metrics": metrics, "history": history}
         torch.save(state, folder / "state.aside")
-        (folder / "state.aside").replace(folder / "state.pt")
+        (folder / "state.aside").replace(state_file)
         if args.wandb:
             for line in metrics[sent:]:
                 wandb.log({f"{line['split']}/{name}": line[name] for name in line})
@@ -786,11 +783,9 @@ def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
     flags = parser.parse_args(argv)
-    parser.set_defaults(
-        name=f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}",
-        updates=1 if flags.algorithm == "sf" else 4,
-    )
-    parser.set_defaults(**PRESETS[flags.preset])
+    name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
+    updates = 1 if flags.algorithm == "sf" else 4
+    parser.set_defaults(**{"name": name, "updates": updates, **PRESETS[flags.preset]})
     if flags.resume:
         saved = json.loads(Path(flags.resume, "args.json").read_text())
         is_ours = saved.keys() == asdict(Settings()).keys()

@@ -328,18 +328,18 @@ def test_clipping_stops_steps_that_went_the_advantages_way(advantage, change):
 
 
 def test_advantages_use_a_prompts_own_statistics_once_there_are_enough():
-    statistics = ddpo.PromptStatistics(buffer=4, minimum=3)
+    history = {}
     R = torch.tensor([1.0, 2.0, 6.0, 11.0])
-    A = statistics.advantages(["cat", "cat", "cat", "dog"], R)
+    A = ddpo.prompt_advantages(history, ["cat", "cat", "cat", "dog"], R, 3, buffer=4)
     assert_close(A[:3], (R[:3] - 3) / (R[:3].std(correction=0) + 1e-6))
     assert_close(A[3], (11 - R.mean()) / (R.std(correction=0) + 1e-6))
-    A = statistics.advantages(["cat", "cat"], torch.tensor([0.0, 4.0]))
+    A = ddpo.prompt_advantages(history, ["cat", "cat"], torch.tensor([0.0, 4.0]), 3, buffer=4)
     last_four = torch.tensor([2.0, 6.0, 0.0, 4.0])  # the buffer forgets the 1
     assert_close(A, (last_four[2:] - 3) / (last_four.std(correction=0) + 1e-6))
     equal = torch.full((20,), 0.3)
-    assert statistics.advantages(["bird"] * 20, equal).abs().max() < 1e-5
+    assert ddpo.prompt_advantages({}, ["bird"] * 20, equal).abs().max() < 1e-5
     outlier = torch.tensor([0.0] * 99 + [1.0])
-    assert ddpo.PromptStatistics(100).advantages(["cow"] * 100, outlier).max() == 5
+    assert ddpo.prompt_advantages({}, ["cow"] * 100, outlier, buffer=100).max() == 5
 
 
 def test_weights_of_the_baselines():
@@ -617,6 +617,9 @@ def test_a_run_leaves_what_it_promises_and_another_starts_from_its_lora(run, scr
         other.parse(["--resume", "runs/run"])
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(other, "rank", 0, lora=str(folder / "epoch-0001"), rank=3)
+    started = run(script, "started", 1, lora=str(folder / "epoch-0001"))
+    (folder / "epoch-0001").rename("moved")  # a resumed run needs it no more
+    script.train(script.parse(["--resume", str(started), "--epochs", "2"]))
 
 
 @in_both_scripts
