@@ -87,7 +87,7 @@ class Settings:
     images: int = arg(256, "images per epoch")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
-    random_steps: int = arg(50, "this many first steps have noise and are trained on")
+    deterministic_steps: int = arg(0, "last steps, without noise and not trained on")
     guidance: float = arg(5.0, "classifier-free guidance, in training, too")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
@@ -121,14 +121,15 @@ PRESETS = {
     "sd1": dict(),
     # Flow-GRPO does not train on the last step: its noise would stay in the image.
     "sd3": dict(
-        model="stabilityai/stable-diffusion-3.5-medium", steps=10, random_steps=9, guidance=4.5
+        model="stabilityai/stable-diffusion-3.5-medium",
+        steps=10, deterministic_steps=1, guidance=4.5,
     ),
     # The clip is wider because an image has 2,048 latents here, and 16,384 in the paper.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
-        reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10, random_steps=3,
-        guidance=1.0, micro_batch=96, clip=1e-3, stat_min=8, epochs=60, lr=6e-4, ema=0.97,
-        grad_checkpoint=False, eval_images=512,
+        reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
+        deterministic_steps=7, guidance=1.0, micro_batch=96, clip=1e-3, stat_min=8, epochs=60,
+        lr=6e-4, ema=0.97, grad_checkpoint=False, eval_images=512,
         eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color",
     ),
 }  # fmt: skip
@@ -588,7 +589,8 @@ def train(args):
     assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
     assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
     assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
-    assert 0 < args.random_steps <= args.steps, "--random-steps: from 1 to --steps"
+    random_steps = args.steps - args.deterministic_steps
+    assert random_steps > 0, "--deterministic-steps leaves no step to train on"
     assert args.stat_min <= 32, "--stat-min exceeds the 32 rewards that are kept of a prompt"
 
     if args.wandb and RANK == 0:
@@ -686,7 +688,7 @@ def train(args):
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0, states, log_probs = rollout(
-            model, noise, cond, uncond, sum(rollout_updates, []), args.random_steps, args, generator
+            model, noise, cond, uncond, sum(rollout_updates, []), random_steps, args, generator
         )
         images = decode(pipe, x0)
         clock.append(time.perf_counter())
@@ -708,7 +710,7 @@ def train(args):
         # 3. Improve: each update on its share of the images, at every step with noise.
         totals = defaultdict(float)
         updates = rollout_updates
-        timesteps = range(args.random_steps)
+        timesteps = range(random_steps)
         if is_regression:  # at as many random steps per image as the sampler takes
             timesteps = range(args.steps)
             order = torch.randperm(N, generator=generator, device=device)

@@ -361,7 +361,7 @@ SHORT = dict(
 )  # fmt: skip
 SHORTER = {
     crd: dict(groups=2, steps_per_epoch=1, rollout_steps=2, train_timesteps=1, eval_steps=2),
-    ddpo: dict(images=8, steps=4, stat_min=2, guidance=2.0),
+    ddpo: dict(images=8, steps=4, deterministic_steps=1, stat_min=2, guidance=2.0),
 }
 
 
@@ -763,7 +763,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeyp
     """The score function, over many images, agrees with backpropagation through the chain."""
     N = 2048
     R = 2
-    settings = dict(width=4, height=4, algorithm="sf", random_steps=R, guidance=1.0)
+    settings = dict(width=4, height=4, algorithm="sf", guidance=1.0)
     args = short(ddpo, **sd1 | settings)
     torch.manual_seed(0)
     pipe, model = ddpo.load_pipeline(args, CPU)
@@ -849,7 +849,7 @@ def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
     (crd, "--reward vlm", dict(reward="vlm", steps_per_epoch=1, sampler_decay=[0, 0, 0.001, 0.5])),
     (crd, "--preset tiny --lr 0.5", {**crd.PRESETS["tiny"], "lr": 0.5}),
     (ddpo, "", dict(reward="compressibility", steps=50, guidance=5, updates=4, clip=1e-4)),
-    (ddpo, "--preset sd3", dict(steps=10, random_steps=9, guidance=4.5, noise_level=0.7)),
+    (ddpo, "--preset sd3", dict(steps=10, deterministic_steps=1, guidance=4.5, noise_level=0.7)),
     (ddpo, "--algorithm sf", dict(updates=1)),
 ])  # fmt: skip
 def test_presets_are_the_papers_and_flags_override_them(script, flags, expected):
