@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -116,6 +117,16 @@ def test_targets_are_advantages_on_0_to_1():
     assert A.min() < -1 and A.max() > 1
     assert_close(TARGETS, A / 10 + 0.5)
     assert_close(crd.reward_targets(R, 4, clip=1.0), A.clamp(-1, 1) / 2 + 0.5)
+
+
+@any_shape
+def test_add_noise_goes_straight_from_image_to_noise(shape):
+    x0, noise = randn(2, *shape)
+    assert_close(crd.add_noise(x0, noise, torch.tensor(0.3)), 0.7 * x0 + 0.3 * noise)
+    sigma = torch.tensor([0.0, 0.3, 0.6, 1.0])
+    x = crd.add_noise(x0, noise, sigma)
+    for i in range(4):
+        assert_close(x[i], (1 - sigma[i]) * x0[i] + sigma[i] * noise[i])
 
 
 @any_shape
@@ -477,11 +488,18 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(script):
 LORA = "pytorch_lora_weights.safetensors"
 
 
+OWN = """
+def bright(images, prompts, metadata):
+    return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+"""
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(script, name, epochs, **settings) in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own.py").write_text(OWN)
 
     def run(script, name, epochs, **settings):
         return script.train(short(script, name=name, epochs=epochs, **settings))
@@ -511,14 +529,21 @@ def sd1(tmp_path_factory):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    parts = vae, text_encoder, tokenizer, unet, diffusers.DDIMScheduler(**DDIM), None, None
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = vae, text_encoder, tokenizer, unet, scheduler, None, None
     pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.save_pretrained(path)
     return {"model": str(path), "width": 32}
 
 
+def test_stable_diffusions_sampler_is_ddim_as_ddim_step_has_it(sd1):
+    """Whatever the folder says; here, set_alpha_to_one=True."""
+    _, model = ddpo.load_pipeline(short(ddpo, **sd1), CPU)
+    assert DDIM.items() <= dict(model.scheduler.config).items()
+
+
 @parametrize("script, settings", [
-    (crd, dict(steps_per_epoch=2, micro_batch=2)),
+    (crd, dict(steps_per_epoch=2, micro_batch=2, reward="own.bright:2,incompressibility")),
     (crd, dict(grad_checkpoint=True, tau=0.2, anchor=0.0)),
     (ddpo, dict(grad_checkpoint=True, micro_batch=1)),
     (ddpo, dict(algorithm="sf", updates=1)),
@@ -619,20 +644,21 @@ def test_a_run_leaves_what_it_promises_and_another_starts_from_its_lora(run, scr
         run(other, "rank", 0, lora=str(folder / "epoch-0001"), rank=3)
     started = run(script, "started", 1, lora=str(folder / "epoch-0001"))
     (folder / "epoch-0001").rename("moved")  # a resumed run needs it no more
-    script.train(script.parse(["--resume", str(started), "--epochs", "2"]))
+    shutil.copytree(TINY, "model")
+    flags = ["--resume", str(started), "--epochs", "2", "--model", "model"]
+    script.train(script.parse(flags))
 
 
 @in_both_scripts
 def test_held_out_rewards_are_logged_beside_the_trained_one(run, script):
-    Path("own.py").write_text("def zero(images, prompts, metadata):\n    return [0] * len(images)")
     Path("words.txt").write_text('a red "cube"\na blue "cube"\n')
     settings = dict(reward=f"compressibility:2,ocr@{TINY}", eval_prompts="words.txt")
-    held_out = f"incompressibility,ocr@{TINY}/judge,own.zero"
+    held_out = f"incompressibility,ocr@{TINY}/judge,own.bright"
     before, train, _ = read_metrics(run(script, "run", 1, eval_rewards=held_out, **settings))
     parts = 2 * before["compressibility"] + before["ocr@tiny-sd3"]
     assert before["reward"] == pytest.approx(parts)
     assert before["incompressibility"] == pytest.approx(-before["compressibility"])
-    assert before.keys() - train.keys() == {"incompressibility", "ocr@judge", "own.zero"}
+    assert before.keys() - train.keys() == {"incompressibility", "ocr@judge", "own.bright"}
 
 
 @parametrize("script, settings", [
