@@ -367,8 +367,7 @@ class Checkpoint(torch.autograd.Function):
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         trained = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
-        if trained:  # not in a frozen block of frozen inputs
-            torch.autograd.backward([outputs[i] for i in trained], [grads[i] for i in trained])
+        torch.autograd.backward([outputs[i] for i in trained], [grads[i] for i in trained])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
 
 
