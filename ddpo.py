@@ -555,12 +555,12 @@ def encode(pipe, model, prompts):
 
 @torch.no_grad()
 def decode(pipe, latents):
-    """Latents (N, C, h, w) -> N PIL images, eight of 512 px at once."""
+    """Latents (N, C, h, w) -> N PIL images, eight at once."""
     if not latents.isfinite().all():
         raise FloatingPointError("latents are not finite: is there a NaN in the LoRA?")
     images = []
     config = pipe.vae.config
-    for z in latents.split(max(8 * 64 * 64 // latents[0, 0].numel(), 1)):
+    for z in latents.split(8):
         pixels = pipe.vae.decode(z / config.scaling_factor + (config.shift_factor or 0)).sample
         images += pipe.image_processor.postprocess(pixels)
     return images
