@@ -25,10 +25,10 @@ on the prompt alone: subtract, on both sides, the mean over K images of one prom
           + mean_i kappa_i mean (v - v_ref)^2                                       anchor_loss
 
 One frozen model carries four LoRA adapters. `policy` is trained. `sampler` draws the images and
-`old` is the reference, each an EMA of the policy at its own pace: images should be recent, while
-rho measures, and L limits, how far the policy has moved from `old`. `ema`, a third, is evaluated
-and saved. Every epoch, `train` draws K images of each prompt (generate), scores them
-(reward_targets), takes optimizer steps on L (objective), and lets `old` and `sampler` follow.
+`old` is the reference, EMAs of the policy at paces of their own: images should be recent, while
+rho measures, and L limits, how far the policy is from `old`. `ema`, a third, is evaluated and
+saved. Every epoch, `train` draws K images of each prompt (generate), scores them
+(reward_targets), takes optimizer steps on L (objective) and lets `old` and `sampler` follow.
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -141,7 +141,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# The mathematics: pure functions, in the order in which the loop calls them. Latents are (B, ...).
+# The mathematics, in the order in which the loop calls it. Latents are (B, ...).
 
 
 def sample_ode(velocity, noise, sigmas):
@@ -211,7 +211,7 @@ def crd_loss(rho, targets, group_size, beta=1.0, clip=5.0, tau=math.inf):
     rho = rho.view(-1, group_size)
     s = targets.view(-1, group_size)
     weights = torch.softmax(torch.stack([s, -s]) / tau, -1)  # 1 / K at tau = inf
-    mean_rho = (weights * rho.detach()).sum(-1, keepdim=True)  # a constant, as the paper has it
+    mean_rho = (weights * rho.detach()).sum(-1, keepdim=True)  # a constant
     mean_s = (weights * s).sum(-1, keepdim=True)
     residual = beta * (rho - mean_rho) - (s - mean_s)
     return clip / beta * residual.square().mean()
@@ -330,7 +330,7 @@ def lora_state_dict(layers, adapter):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # peft's, where diffusers saved one; this script folds the scale into B
+    config = config or {}  # peft's; this script folds the scale into B
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -543,7 +543,7 @@ def train(args):
     if args.compile:
         for block in pipe.transformer.modules():
             if type(block).__name__ in BLOCKS:
-                block.compile(recompile_limit=64)  # torch's 8 would leave the rest uncompiled
+                block.compile(recompile_limit=64)  # beyond, it would run eagerly
     if args.grad_checkpoint:
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     sample = partial(generate, pipe, layers, uncond, args)

@@ -135,7 +135,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# The mathematics: pure functions, in the order in which the loop calls them. Latents are (B, ...).
+# The mathematics, in the order in which the loop calls it. Latents are (B, ...).
 
 
 def gaussian_step(mean, std, x_next=None, generator=None):
@@ -160,7 +160,7 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     t_next < 0, alpha is alphas_cumprod[0].
     """
     shape = (-1, *[1] * (x.ndim - 1))
-    # 1-D: a GPU would have to wait for an index of no dimension.
+    # A GPU would have to wait for an index without dimensions.
     alpha = alphas_cumprod[t.view(-1)].view(shape)
     alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
@@ -382,7 +382,7 @@ def lora_state_dict(layers, adapter):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # peft's, where diffusers saved one; this script folds the scale into B
+    config = config or {}  # peft's; this script folds the scale into B
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -621,7 +621,7 @@ def train(args):
     if args.compile:
         for block in model.network.modules():
             if type(block).__name__ in model.blocks:
-                block.compile(recompile_limit=64)  # torch's 8 would leave the rest uncompiled
+                block.compile(recompile_limit=64)  # beyond, it would run eagerly
     if args.grad_checkpoint:
         model.network.enable_gradient_checkpointing(checkpoint)
     parameters = [p for p in model.network.parameters() if p.requires_grad]
