@@ -346,7 +346,8 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    Limits: no dropout and no autocast around the forward pass alone, or the second run differs;
+    The first run is without autograd, like sampling, so that both take the same kernels. Limits:
+    no dropout, and no autocast around the forward pass alone, or the second run differs;
     `backward()`, not `torch.autograd.grad`: gradients of a block's weights go to their `.grad`.
     """
 
