@@ -91,7 +91,6 @@ class Settings:
     groups: int = arg(48, "prompts per epoch")
     group_size: int = arg(24, "images per prompt, K")
     rollout_steps: int = arg(10, "sampler steps of a rollout")
-    sample_batch: int = arg(24, "images sampled at once")
     # loss
     beta: float = arg(1.0, "scale of rho: the larger, the closer to `old`")
     tau: float = arg(math.inf, "softmax temperature of the group mean; inf: plain")
@@ -103,7 +102,7 @@ class Settings:
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps, each on a share of the groups")
-    micro_batch: int = arg(24, "images per forward and backward pass")
+    micro_batch: int = arg(24, "images at once, in sampling as in training")
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
@@ -132,7 +131,7 @@ PRESETS = {
     "geneval": dict(reward="geneval"),
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
-        reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6, sample_batch=192,
+        reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6,
         anchor_guidance=4.0, train_timesteps=2, epochs=48, steps_per_epoch=6, micro_batch=64,
         lr=1.5e-3, ema=0.97, old_decay=[0, 0.25, 0.01, 0.9], grad_checkpoint=False,
         eval_every=16, eval_images=512, eval_steps=10,
@@ -490,7 +489,7 @@ def generate(pipe, layers, uncond, args, adapter, noise, cond, steps, guidance=1
     """noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...)."""
     sigmas = schedule(pipe, steps, noise.device)
     latents = []
-    for rows in bar(batches(0, len(noise), args.sample_batch), "sample"):
+    for rows in bar(batches(0, len(noise), args.micro_batch), "sample"):
         c = [part[rows] for part in cond]
         model = partial(predict, pipe, layers, c, uncond, adapter=adapter, guidance=guidance)
         latents.append(sample_ode(model, noise[rows], sigmas))
