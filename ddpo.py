@@ -93,7 +93,7 @@ class Settings:
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
     micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
-    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "rwr: baselines")
+    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "is, sf: DDPO; rwr: baselines")
     updates: int = arg(4, "optimizer steps per epoch; sf: 1")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
