@@ -527,9 +527,10 @@ def train(args):
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
+    rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
     if args.eval_rewards and RANK == 0:  # only process 0 evaluates
-        held_out_reward = rewards.load(args.eval_rewards, device, held_out)
+        held_out_reward = rewards.load(args.eval_rewards, device)
 
     # The model, its adapters, the optimizer of the first
     torch.manual_seed(args.seed)

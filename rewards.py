@@ -158,8 +158,9 @@ def default_prompts(spec):
 def check(spec, pairs):
     """ValueError for a (prompt, metadata) that a reward cannot score, before anything is loaded."""
     for name, _, _ in parse_spec(spec):
+        kind = reward_class(name)
         for prompt, metadata in pairs:
-            reward_class(name).check(prompt, metadata)
+            kind.check(prompt, metadata)
 
 
 def load(spec, device, pairs=()):
