@@ -132,9 +132,9 @@ PRESETS = {
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
         reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6,
-        anchor_guidance=4.0, train_timesteps=2, epochs=48, steps_per_epoch=6, micro_batch=64,
-        lr=1.5e-3, ema=0.97, old_decay=[0, 0.25, 0.01, 0.9], grad_checkpoint=False,
-        eval_every=16, eval_images=512, eval_steps=10,
+        anchor_guidance=4.0, train_timesteps=6, epochs=24, steps_per_epoch=12, micro_batch=64,
+        lr=3e-3, ema=0.97, old_decay=[0, 0.25, 0.01, 0.9], grad_checkpoint=False,
+        eval_every=8, eval_images=512, eval_steps=10,
         eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color",
     ),
 }  # fmt: skip
