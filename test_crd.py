@@ -3,6 +3,7 @@
     python -m pytest -q test_crd.py
 """
 
+import importlib
 import inspect
 import io
 import itertools
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import zlib
 from dataclasses import asdict
@@ -571,6 +573,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, sd1, script, setti
 
 SCRIPT = """
 import sys
+import tarfile
 sys.path.insert(0, {path!r})
 import torch, rewards, test_crd
 from test_crd import {name} as script
@@ -1551,3 +1554,41 @@ def test_genevals_prompts_say_what_their_metadata_says():
             assert entry["exclude"] == [want(wanted["class"], wanted["count"] + 1)]
     assert rewards.phrase("umbrella") == "an umbrella"
     assert rewards.phrase("skis", 2) == "two pairs of skis"
+
+
+# The evidence
+
+
+@pytest.fixture
+def results(monkeypatch):
+    monkeypatch.syspath_prepend(TINY)
+    return importlib.import_module("results")
+
+
+def test_every_experiment_is_one_that_its_script_would_run(results):
+    scripts = {"crd": crd, "ddpo": ddpo}
+    for name, script, epochs, flags in results.jobs():
+        args = scripts[script].parse(f"--preset tiny --epochs {epochs} {flags}".split())
+        if script == "crd":
+            assert args.groups % args.steps_per_epoch == args.micro_batch % args.group_size == 0
+        else:
+            assert args.images % args.updates == args.images % args.group_size == 0
+            assert (args.algorithm == "sf") == (args.updates == 1)
+
+
+def test_no_table_has_a_number_that_the_archived_runs_do_not_give(
+    results, monkeypatch, tmp_path, capsys
+):
+    here = Path(crd.__file__).parent
+    with tarfile.open(here / results.ASSETS / "runs.tgz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    for title, (rows, column) in results.TABLES.items():
+        results.print_table(title, rows, column)
+    printed = capsys.readouterr().out
+    page = (TINY / "RESULTS.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| `\S+` \| \d* \|", line)]
+    assert len(rows) > 20
+    assert not set(rows) - set(printed.splitlines())
+    readme = (here / "README.md").read_text()
+    assert not set(re.findall(r"\b0\.\d{3}\b", readme)) - set(re.findall(r"\b0\.\d{3}\b", printed))

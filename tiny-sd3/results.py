@@ -1,20 +1,224 @@
-"""What the default commands compute on a GPU: the last table of RESULTS.md.
+"""The evidence: every experiment of RESULTS.md, run, tabulated and drawn by one script.
 
-    python tiny-sd3/results.py --flops
+    python tiny-sd3/results.py            # run what is missing, two at a time
+    python tiny-sd3/results.py --table    # print the tables
+    python tiny-sd3/results.py --plot     # draw the figures, into .github/assets
+    python tiny-sd3/results.py --flops    # print what a run on a GPU computes
+
+Run it from the project's root. The run of an experiment with seed 0 is runs/NAME-0. Where there is
+no runs/, .github/assets/runs.tgz is unpacked: their metrics.jsonl, and the images shown.
 """
 
 import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
 import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean
 
 import diffusers
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+sys.path.insert(0, ".")
 import crd  # noqa: E402
 import ddpo  # noqa: E402
+
+ASSETS = Path(".github/assets")
+SEEDS = (0, 1, 2)
+ALONE = "--anchor 0 --lr 1.5e-3"
+FAST = f"{ALONE} --old-decay 0 0 0.001 0.5"  # `old` at the pace of the preset's sampler
+SLOW = f"{ALONE} --sampler-decay 0 0.25 0.01 0.9"  # the sampler at the pace of its `old`
+JPEG = "--reward compressibility"
+EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
+    **{f"guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 1.5, 2, 3, 4, 5)},
+    "crd": ("crd", 48, ""),
+    "reward-alone": ("crd", 48, ALONE),
+    "is": ("ddpo", 96, ""),
+    "is-guided": ("ddpo", 96, "--guidance 4"),
+    "anchor-alone": ("crd", 48, "--reward-weight 0"),
+    "sf": ("ddpo", 384, "--algorithm sf --updates 1 --images 48"),
+    "rwr": ("ddpo", 96, "--algorithm rwr"),
+    "rwr-sparse": ("ddpo", 96, "--algorithm rwr-sparse"),
+    "jpeg-is": ("ddpo", 48, JPEG),
+    "jpeg-sf": ("ddpo", 192, f"{JPEG} --algorithm sf --updates 1 --images 48"),
+    "jpeg-rwr": ("ddpo", 48, f"{JPEG} --algorithm rwr"),
+    "jpeg-rwr-sparse": ("ddpo", 48, f"{JPEG} --algorithm rwr-sparse"),
+    "both-fast": ("crd", 48, FAST),
+    "both-slow": ("crd", 48, SLOW),
+    "unguided": ("crd", 48, "--anchor-guidance 1"),
+    "strong": ("crd", 24, "--anchor-guidance 1 --anchor 1"),
+    "strong-constant": ("crd", 24, "--anchor-guidance 1 --anchor 1 --no-anchor-adaptive"),
+    "strong-mean": ("crd", 24, "--anchor-guidance 1 --anchor 0.45 --no-anchor-adaptive"),
+    "weak": ("crd", 48, "--anchor 0.02"),
+    "weak-constant": ("crd", 48, "--anchor 0.02 --no-anchor-adaptive"),
+    "weak-mean": ("crd", 48, "--anchor 0.014 --no-anchor-adaptive"),
+    # Tuning, on seed 0
+    "tune-preset": ("crd", 24, ""),
+    "tune-lr": ("crd", 12, "--lr 1.5e-3"),
+    "tune-3-sigmas": ("crd", 12, "--train-timesteps 3"),
+    "tune-24-steps": ("crd", 12, "--train-timesteps 3 --steps-per-epoch 24"),
+    "tune-beta-3": ("crd", 12, "--beta 3"),
+    "tune-beta-0.1": ("crd", 12, "--lr 1.5e-3 --beta 0.1"),
+    "tune-anchor": ("crd", 12, "--lr 1.5e-3 --anchor 0.05"),
+    "tune-group-16": ("crd", 12, "--lr 1.5e-3 --group-size 16 --groups 24"),
+    "tune-old": ("crd", 12, "--lr 1.5e-3 --old-decay 0 0.25 0.01 0.5"),
+    "tune-before": ("crd", 48, "--lr 1.5e-3 --train-timesteps 2 --steps-per-epoch 6"),
+    "tune-reward-alone": ("crd", 48, "--anchor 0"),
+    "tune-rwr-high": ("ddpo", 48, "--algorithm rwr --lr 1.5e-3"),
+    "tune-rwr-low": ("ddpo", 48, "--algorithm rwr --lr 3e-4"),
+    # A trained LoRA evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
+    "crd-guided": ("crd", 0, "--lora runs/crd-{seed}/epoch-0024 --eval-guidance 1.5"),
+    "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
+    "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0096"),
+    "sf-solver": ("crd", 0, "--lora runs/sf-{seed}/epoch-0384"),
+    "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0096 --eval-guidance 4"),
+}
+COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
+TABLES = {  # title: (rows as experiment@epoch, another column)
+    "More than distilled guidance": (
+        "guidance-1 guidance-1.5 guidance-2 guidance-3 guidance-4 guidance-5 "
+        "crd@24 reward-alone@24 anchor-alone@24 crd@48 reward-alone@48 anchor-alone@48", ""),
+    "(i) The decoupled sampler": (
+        "reward-alone@24 both-fast@24 both-slow@24 reward-alone@48 both-fast@48 both-slow@48",
+        "rho_std"),
+    "(ii) The guided anchor": (
+        "crd@24 unguided@24 reward-alone@24 crd@48 unguided@48 reward-alone@48", ""),
+    "(iii) The adaptive anchor": (
+        "strong@24 strong-constant@24 strong-mean@24 weak@48 weak-constant@48 weak-mean@48",
+        "images to 0.4"),
+    "DDPO and reward-weighted regression": ("is@96 sf@384 rwr@96 rwr-sparse@96", ""),
+    "The same, rewarded for small files": (
+        "jpeg-is@0 jpeg-is@48 jpeg-sf@192 jpeg-rwr@48 jpeg-rwr-sparse@48", "compressibility"),
+    "CRD and DDPO": ("crd@24 crd@48 is@48 is@96 sf@384 is-guided@48 is-guided@96", ""),
+    "CRD and DDPO by one solver": (
+        "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-solver", ""),
+    "Tuning": (
+        "tune-preset@12 tune-lr@12 tune-3-sigmas@12 tune-24-steps@12 tune-beta-3@12 "
+        "tune-beta-0.1@12 tune-anchor@12 tune-group-16@12 tune-old@12 tune-preset@24 "
+        "tune-before@48 tune-reward-alone@48 tune-rwr-high@48 tune-rwr-low@48", ""),
+}  # fmt: skip
+CURVES = {  # file: (number, experiments)
+    "second-reader.png": ("ocr@judge", "crd reward-alone is is-guided"),
+    "color.png": ("color", "crd reward-alone is"),
+}
+COLORS = ("#1d4ed8", "#b91c1c", "#15803d", "#b45309", "#7e22ce")
+SHEETS = "crd-0/epoch-0000 crd-0/epoch-0024 crd-1/epoch-0048 reward-alone-1/epoch-0048"
+
+
+def jobs():
+    """(name, script, epochs, flags) of every run."""
+    runs = []
+    for name, (script, epochs, flags) in EXPERIMENTS.items():
+        # Without training all seeds are one: held-out prompts and their noise are fixed.
+        for seed in (0,) if name.startswith(("guidance", "tune")) else SEEDS:
+            every = f"--seed {seed} --eval-every {max(1, epochs // 6)}"
+            runs.append((f"{name}-{seed}", script, epochs, f"{every} {flags.format(seed=seed)}"))
+    return runs
+
+
+def read_log(name):
+    path = Path(f"runs/{name}/metrics.jsonl")
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+def run(name, script, epochs, flags):
+    """Start a run, or continue one that was stopped. What it prints goes to runs/NAME.log."""
+    start = f"--preset tiny --name {name} {flags}"
+    if Path(f"runs/{name}/args.json").exists():
+        start = f"--resume runs/{name}"
+    with open(f"runs/{name}.log", "a") as log:
+        command = [sys.executable, f"{script}.py", *f"{start} --epochs {epochs}".split()]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=one_thread, stdout=log, stderr=log, check=True)
+
+
+def run_missing():
+    Path("runs").mkdir(exist_ok=True)
+    missing = []
+    for job in jobs():
+        log = read_log(job[0])
+        if not log or log[-1]["split"] == "train" or log[-1]["epoch"] < job[2]:
+            missing.append(job)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(run, *job) for job in missing]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            future.result()  # raises, if the run failed
+
+
+def value(lines, epoch, number):
+    """A number of one run, at the end of an epoch."""
+    train = [line for line in lines if line["split"] == "train" and line["epoch"] <= epoch]
+    if number == "rho_std":
+        return fmean(line[number] for line in train)
+    if number == "images to 0.4":  # of training reward, averaged over three epochs
+        means = [fmean(line["reward"] for line in train[i : i + 3]) for i in range(len(train))]
+        reached = [line["images"] for line, mean in zip(train[1:], means) if mean >= 0.4]
+        return min(reached, default=math.inf)
+    evaluations = {line["epoch"]: line for line in lines if line["split"] == "eval"}
+    return evaluations[epoch][number]
+
+
+def print_table(title, rows, column):
+    """Means of the seeds and, in brackets, their range: the largest minus the smallest."""
+    columns = COLUMNS + ([column] if column else [])
+    print(f"\n## {title}\n\n| Run | Epochs |", " | ".join(columns), "|")
+    print("|---" * (2 + len(columns)) + "|")
+    for name, _, epoch in [row.partition("@") for row in rows.split()]:
+        epoch = int(epoch or 0)
+        logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
+        logs = [log for log in logs if log and log[-1]["epoch"] >= epoch]
+        cells = []
+        for number in columns if logs else ():
+            values = [value(log, epoch, number) for log in logs]
+            mean = fmean(values)
+            digits = 0 if "images" in number or number == "seconds" else 3
+            cells.append(f"{mean:,.{digits}f}")
+            if len(logs) > 1 and number != "images":
+                cells[-1] += f" ({max(values) - min(values):.{digits}f})"
+            if epoch == 0 and digits == 0:
+                cells[-1] = ""  # nothing was trained
+        print(f"| `{name}` | {epoch or ''} |", " | ".join(cells or ["not run"]), "|")
+
+
+def plot(file, number, names):
+    """Against images scored: thin lines are seeds, thick ones their means."""
+    curves = {}
+    for name in names.split():
+        logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
+        logs = [[line for line in log if line["split"] == "eval"] for log in logs if log]
+        curves[name] = [{line["images"]: line[number] for line in log} for log in logs]
+    seeds = [curve for name in curves for curve in curves[name]]
+    most = max(max(curve) for curve in seeds)
+    low = min(min(curve.values()) for curve in seeds)
+    high = max(max(curve.values()) for curve in seeds)
+
+    def position(x, y):
+        return 160 + 1600 * x / most, 980 - 880 * (y - low) / (high - low)
+
+    chart = Image.new("RGB", (1800, 1100), "white")
+    pen = ImageDraw.Draw(chart)
+    font = ImageFont.load_default(size=36)
+    for y in (low, (low + high) / 2, high):
+        pen.line([position(0, y), position(most, y)], "#e2e8f0", 3)
+        pen.text((140, position(0, y)[1]), f"{y:.2f}", "#64748b", font, "rm")
+    pen.text((1760, 1000), f"{most:,} images", "#64748b", font, "rt")
+    pen.text((160, 30), number, "black", font)
+    for row, (name, color) in enumerate(zip(curves, COLORS)):
+        for curve in curves[name]:
+            pen.line([position(*point) for point in curve.items()], color, 2)
+        shared = sorted(set.intersection(*[set(curve) for curve in curves[name]]))
+        means = [position(x, fmean(curve[x] for curve in curves[name])) for x in shared]
+        pen.line(means, color, 8, "curve")
+        pen.text((1760, 740 + 44 * row), name, color, font, "rs")
+    chart.resize((900, 550), Image.LANCZOS).save(ASSETS / file)  # smooth lines
 
 
 def count(function):
@@ -78,6 +282,21 @@ def print_flops():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flops", action="store_true", required=True)
-    parser.parse_args()
-    print_flops()
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--flops", action="store_true")
+    wanted = parser.parse_args()
+    if wanted.flops:
+        print_flops()
+    elif not wanted.table and not wanted.plot:
+        run_missing()
+    elif not Path("runs").exists():
+        tarfile.open(ASSETS / "runs.tgz").extractall(filter="data")
+    if wanted.table:
+        for title, (rows, column) in TABLES.items():
+            print_table(title, rows, column)
+    if wanted.plot:
+        for file, (number, names) in CURVES.items():
+            plot(file, number, names)
+        for name in SHEETS.split():
+            shutil.copy(f"runs/{name}/images.png", ASSETS / f"{name.replace('/', '-')}.png")
