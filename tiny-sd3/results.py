@@ -5,8 +5,8 @@
     python tiny-sd3/results.py --plot     # draw the figures, into .github/assets
     python tiny-sd3/results.py --flops    # print what a run on a GPU computes
 
-Run it from the project's root. The run of an experiment with seed 0 is runs/NAME-0. Where there is
-no runs/, .github/assets/runs.tgz is unpacked: their metrics.jsonl, and the images shown.
+Run it from the project's root. The run of an experiment with seed 0 is runs/NAME-0. Where there are
+none, .github/assets/runs.tgz is unpacked: their metrics.jsonl, and the images shown.
 """
 
 import argparse
@@ -36,17 +36,18 @@ SEEDS = (0, 1, 2)
 ALONE = "--anchor 0 --lr 1.5e-3"
 FAST = f"{ALONE} --old-decay 0 0 0.001 0.5"  # `old` at the pace of the preset's sampler
 SLOW = f"{ALONE} --sampler-decay 0 0.25 0.01 0.9"  # the sampler at the pace of its `old`
-JPEG = "--reward compressibility"
+JUDGES = "ocr@tiny-sd3,ocr@tiny-sd3/judge,clipscore@tiny-sd3/clip,color"
+JPEG = f"--reward compressibility --eval-rewards {JUDGES}"
 EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     **{f"guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 1.5, 2, 3, 4, 5)},
     "crd": ("crd", 48, ""),
     "reward-alone": ("crd", 48, ALONE),
-    "is": ("ddpo", 96, ""),
-    "is-guided": ("ddpo", 96, "--guidance 4"),
+    "is": ("ddpo", 48, ""),
+    "is-guided": ("ddpo", 48, "--guidance 4"),
     "anchor-alone": ("crd", 48, "--reward-weight 0"),
-    "sf": ("ddpo", 384, "--algorithm sf --updates 1 --images 48"),
-    "rwr": ("ddpo", 96, "--algorithm rwr"),
-    "rwr-sparse": ("ddpo", 96, "--algorithm rwr-sparse"),
+    "sf": ("ddpo", 192, "--algorithm sf --updates 1 --images 48"),
+    "rwr": ("ddpo", 48, "--algorithm rwr"),
+    "rwr-sparse": ("ddpo", 48, "--algorithm rwr-sparse"),
     "jpeg-is": ("ddpo", 48, JPEG),
     "jpeg-sf": ("ddpo", 192, f"{JPEG} --algorithm sf --updates 1 --images 48"),
     "jpeg-rwr": ("ddpo", 48, f"{JPEG} --algorithm rwr"),
@@ -77,9 +78,9 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     # A trained LoRA evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
     "crd-guided": ("crd", 0, "--lora runs/crd-{seed}/epoch-0024 --eval-guidance 1.5"),
     "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
-    "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0096"),
-    "sf-solver": ("crd", 0, "--lora runs/sf-{seed}/epoch-0384"),
-    "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0096 --eval-guidance 4"),
+    "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0048"),
+    "sf-solver": ("crd", 0, "--lora runs/sf-{seed}/epoch-0192"),
+    "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048 --eval-guidance 4"),
 }
 COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
 TABLES = {  # title: (rows as experiment@epoch, another column)
@@ -94,10 +95,10 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "(iii) The adaptive anchor": (
         "strong@24 strong-constant@24 strong-mean@24 weak@48 weak-constant@48 weak-mean@48",
         "images to 0.4"),
-    "DDPO and reward-weighted regression": ("is@96 sf@384 rwr@96 rwr-sparse@96", ""),
+    "DDPO and reward-weighted regression": ("is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
         "jpeg-is@0 jpeg-is@48 jpeg-sf@192 jpeg-rwr@48 jpeg-rwr-sparse@48", "compressibility"),
-    "CRD and DDPO": ("crd@24 crd@48 is@48 is@96 sf@384 is-guided@48 is-guided@96", ""),
+    "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@48", ""),
     "CRD and DDPO by one solver": (
         "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-solver", ""),
     "Tuning": (
@@ -107,7 +108,7 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
 }  # fmt: skip
 CURVES = {  # file: (number, experiments)
     "second-reader.png": ("ocr@judge", "crd reward-alone is is-guided"),
-    "color.png": ("color", "crd reward-alone is"),
+    "color.png": ("color", "crd reward-alone is is-guided"),
 }
 COLORS = ("#1d4ed8", "#b91c1c", "#15803d", "#b45309", "#7e22ce")
 SHEETS = "crd-0/epoch-0000 crd-0/epoch-0024 crd-1/epoch-0048 reward-alone-1/epoch-0048"
@@ -150,6 +151,8 @@ def run_missing():
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(run, *job) for job in missing]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             future.result()  # raises, if the run failed
 
 
@@ -174,7 +177,7 @@ def print_table(title, rows, column):
     for name, _, epoch in [row.partition("@") for row in rows.split()]:
         epoch = int(epoch or 0)
         logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
-        logs = [log for log in logs if log and log[-1]["epoch"] >= epoch]
+        logs = [log for log in logs if ("eval", epoch) in [(x["split"], x["epoch"]) for x in log]]
         cells = []
         for number in columns if logs else ():
             values = [value(log, epoch, number) for log in logs]
@@ -290,7 +293,7 @@ if __name__ == "__main__":
         print_flops()
     elif not wanted.table and not wanted.plot:
         run_missing()
-    elif not Path("runs").exists():
+    elif not Path("runs/guidance-1-0").exists():
         tarfile.open(ASSETS / "runs.tgz").extractall(filter="data")
     if wanted.table:
         for title, (rows, column) in TABLES.items():
