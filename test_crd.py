@@ -573,7 +573,6 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, sd1, script, setti
 
 SCRIPT = """
 import sys
-import tarfile
 sys.path.insert(0, {path!r})
 import torch, rewards, test_crd
 from test_crd import {name} as script

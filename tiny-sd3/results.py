@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, ".")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import crd  # noqa: E402
 import ddpo  # noqa: E402
 
@@ -45,11 +46,11 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "is": ("ddpo", 48, ""),
     "is-guided": ("ddpo", 48, "--guidance 4"),
     "anchor-alone": ("crd", 48, "--reward-weight 0"),
-    "sf": ("ddpo", 192, "--algorithm sf --updates 1 --images 48"),
+    "sf": ("ddpo", 192, "--algorithm sf --images 48"),
     "rwr": ("ddpo", 48, "--algorithm rwr"),
     "rwr-sparse": ("ddpo", 48, "--algorithm rwr-sparse"),
     "jpeg-is": ("ddpo", 48, JPEG),
-    "jpeg-sf": ("ddpo", 192, f"{JPEG} --algorithm sf --updates 1 --images 48"),
+    "jpeg-sf": ("ddpo", 192, f"{JPEG} --algorithm sf --images 48"),
     "jpeg-rwr": ("ddpo", 48, f"{JPEG} --algorithm rwr"),
     "jpeg-rwr-sparse": ("ddpo", 48, f"{JPEG} --algorithm rwr-sparse"),
     "both-fast": ("crd", 48, FAST),
