@@ -218,7 +218,10 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
 
 
 def rwr_weights(advantages, temperature=0.2):
-    """Reward-weighted regression: softmax(A / temperature) over N images, times N: 1 on average."""
+    """Reward-weighted regression: softmax(A / temperature) over N images, times N: 1 on average.
+
+    The authors' code has softmax(0.2 R), whose sharpness depends on the unit of the reward.
+    """
     return torch.softmax(advantages / temperature, 0) * len(advantages)
 
 
