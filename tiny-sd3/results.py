@@ -46,15 +46,15 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "is": ("ddpo", 48, ""),
     "is-guided": ("ddpo", 48, "--guidance 4"),
     "anchor-alone": ("crd", 48, "--reward-weight 0"),
-    "sf": ("ddpo", 192, "--algorithm sf --images 48"),
-    "rwr": ("ddpo", 48, "--algorithm rwr"),
-    "rwr-sparse": ("ddpo", 48, "--algorithm rwr-sparse"),
-    "jpeg-is": ("ddpo", 48, JPEG),
-    "jpeg-sf": ("ddpo", 192, f"{JPEG} --algorithm sf --images 48"),
-    "jpeg-rwr": ("ddpo", 48, f"{JPEG} --algorithm rwr"),
-    "jpeg-rwr-sparse": ("ddpo", 48, f"{JPEG} --algorithm rwr-sparse"),
     "both-fast": ("crd", 48, FAST),
     "both-slow": ("crd", 48, SLOW),
+    "sf": ("ddpo", 192, "--algorithm sf --images 48"),
+    "rwr": ("ddpo", 48, "--algorithm rwr --lr 1e-4"),
+    "jpeg-is": ("ddpo", 24, JPEG),
+    "jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48"),
+    "jpeg-rwr": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 1.5e-3"),
+    "rwr-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 1e-4"),
+    "jpeg-rwr-sparse": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 1.5e-3"),
     "unguided": ("crd", 48, "--anchor-guidance 1"),
     "strong": ("crd", 24, "--anchor-guidance 1 --anchor 1"),
     "strong-constant": ("crd", 24, "--anchor-guidance 1 --anchor 1 --no-anchor-adaptive"),
@@ -74,9 +74,15 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "tune-old": ("crd", 12, "--lr 1.5e-3 --old-decay 0 0.25 0.01 0.5"),
     "tune-before": ("crd", 48, "--lr 1.5e-3 --train-timesteps 2 --steps-per-epoch 6"),
     "tune-reward-alone": ("crd", 48, "--anchor 0"),
-    "tune-rwr-high": ("ddpo", 48, "--algorithm rwr --lr 1.5e-3"),
+    "tune-rwr-high": ("ddpo", 16, "--algorithm rwr --lr 1.5e-3"),
+    "tune-rwr-mid": ("ddpo", 48, "--algorithm rwr"),
     "tune-rwr-low": ("ddpo", 48, "--algorithm rwr --lr 3e-4"),
-    # A trained LoRA evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
+    "tune-rwr-soft": ("ddpo", 48, "--algorithm rwr --lr 1e-4 --temperature 1"),
+    "tune-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 3e-4"),
+    "tune-jpeg-mid": ("ddpo", 24, f"{JPEG} --algorithm rwr"),
+    "tune-jpeg-low": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 3e-4"),
+    "tune-jpeg-is": ("ddpo", 24, f"{JPEG} --lr 1.5e-3"),
+    # A LoRA of a run above, evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
     "crd-guided": ("crd", 0, "--lora runs/crd-{seed}/epoch-0024 --eval-guidance 1.5"),
     "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
     "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0048"),
@@ -96,23 +102,31 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "(iii) The adaptive anchor": (
         "strong@24 strong-constant@24 strong-mean@24 weak@48 weak-constant@48 weak-mean@48",
         "images to 0.4"),
-    "DDPO and reward-weighted regression": ("is@48 sf@192 rwr@48 rwr-sparse@48", ""),
+    "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
-        "jpeg-is@0 jpeg-is@48 jpeg-sf@192 jpeg-rwr@48 jpeg-rwr-sparse@48", "compressibility"),
+        "jpeg-is@0 jpeg-is@24 jpeg-sf@96 jpeg-rwr@24 jpeg-rwr-sparse@24", "compressibility"),
     "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@48", ""),
     "CRD and DDPO by one solver": (
         "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-solver", ""),
-    "Tuning": (
+    "Tuning CRD": (
         "tune-preset@12 tune-lr@12 tune-3-sigmas@12 tune-24-steps@12 tune-beta-3@12 "
         "tune-beta-0.1@12 tune-anchor@12 tune-group-16@12 tune-old@12 tune-preset@24 "
-        "tune-before@48 tune-reward-alone@48 tune-rwr-high@48 tune-rwr-low@48", ""),
+        "tune-before@48 tune-reward-alone@48", ""),
+    "Tuning reward-weighted regression": (
+        "tune-rwr-high@16 tune-rwr-mid@16 tune-rwr-low@16 rwr@16 "
+        "tune-rwr-mid@48 tune-rwr-low@48 rwr@48 tune-rwr-soft@48 tune-sparse@48", ""),
+    "Tuning the same for small files": (
+        "jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 tune-jpeg-is@24", "compressibility"),
 }  # fmt: skip
 CURVES = {  # file: (number, experiments)
-    "second-reader.png": ("ocr@judge", "crd reward-alone is is-guided"),
-    "color.png": ("color", "crd reward-alone is is-guided"),
+    "second-reader.png": ("ocr@judge", "crd reward-alone anchor-alone is is-guided"),
+    "color.png": ("color", "crd reward-alone both-fast both-slow is-guided"),
 }
 COLORS = ("#1d4ed8", "#b91c1c", "#15803d", "#b45309", "#7e22ce")
-SHEETS = "crd-0/epoch-0000 crd-0/epoch-0024 crd-1/epoch-0048 reward-alone-1/epoch-0048"
+SHEETS = (
+    "crd-0/epoch-0000 crd-0/epoch-0024 crd-1/epoch-0048 reward-alone-1/epoch-0048 "
+    "both-fast-1/epoch-0048 jpeg-is-0/epoch-0024"
+)
 
 
 def jobs():
@@ -157,17 +171,20 @@ def run_missing():
             future.result()  # raises, if the run failed
 
 
-def value(lines, epoch, number):
+def evaluations(log):
+    return {line["epoch"]: line for line in log if line["split"] == "eval"}
+
+
+def value(log, epoch, number):
     """A number of one run, at the end of an epoch."""
-    train = [line for line in lines if line["split"] == "train" and line["epoch"] <= epoch]
+    train = [line for line in log if line["split"] == "train" and line["epoch"] <= epoch]
     if number == "rho_std":
         return fmean(line[number] for line in train)
     if number == "images to 0.4":  # of training reward, averaged over three epochs
-        means = [fmean(line["reward"] for line in train[i : i + 3]) for i in range(len(train))]
+        means = [fmean(line["reward"] for line in train[i : i + 3]) for i in range(len(train) - 2)]
         reached = [line["images"] for line, mean in zip(train[1:], means) if mean >= 0.4]
         return min(reached, default=math.inf)
-    evaluations = {line["epoch"]: line for line in lines if line["split"] == "eval"}
-    return evaluations[epoch][number]
+    return evaluations(log)[epoch][number]
 
 
 def print_table(title, rows, column):
@@ -178,7 +195,7 @@ def print_table(title, rows, column):
     for name, _, epoch in [row.partition("@") for row in rows.split()]:
         epoch = int(epoch or 0)
         logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
-        logs = [log for log in logs if ("eval", epoch) in [(x["split"], x["epoch"]) for x in log]]
+        logs = [log for log in logs if epoch in evaluations(log)]
         cells = []
         for number in columns if logs else ():
             values = [value(log, epoch, number) for log in logs]
@@ -197,15 +214,16 @@ def plot(file, number, names):
     curves = {}
     for name in names.split():
         logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
-        logs = [[line for line in log if line["split"] == "eval"] for log in logs if log]
-        curves[name] = [{line["images"]: line[number] for line in log} for log in logs]
+        points = [evaluations(log).values() for log in logs if log]
+        if points:
+            curves[name] = [{line["images"]: line[number] for line in run} for run in points]
     seeds = [curve for name in curves for curve in curves[name]]
     most = max(max(curve) for curve in seeds)
     low = min(min(curve.values()) for curve in seeds)
     high = max(max(curve.values()) for curve in seeds)
 
     def position(x, y):
-        return 160 + 1600 * x / most, 980 - 880 * (y - low) / (high - low)
+        return 160 + 1320 * x / most, 980 - 880 * (y - low) / (high - low)
 
     chart = Image.new("RGB", (1800, 1100), "white")
     pen = ImageDraw.Draw(chart)
@@ -213,7 +231,7 @@ def plot(file, number, names):
     for y in (low, (low + high) / 2, high):
         pen.line([position(0, y), position(most, y)], "#e2e8f0", 3)
         pen.text((140, position(0, y)[1]), f"{y:.2f}", "#64748b", font, "rm")
-    pen.text((1760, 1000), f"{most:,} images", "#64748b", font, "rt")
+    pen.text((1480, 1000), f"{most:,} images", "#64748b", font, "rt")
     pen.text((160, 30), number, "black", font)
     for row, (name, color) in enumerate(zip(curves, COLORS)):
         for curve in curves[name]:
@@ -221,7 +239,7 @@ def plot(file, number, names):
         shared = sorted(set.intersection(*[set(curve) for curve in curves[name]]))
         means = [position(x, fmean(curve[x] for curve in curves[name])) for x in shared]
         pen.line(means, color, 8, "curve")
-        pen.text((1760, 740 + 44 * row), name, color, font, "rs")
+        pen.text((1510, 140 + 44 * row), name, color, font, "ls")
     chart.resize((900, 550), Image.LANCZOS).save(ASSETS / file)  # smooth lines
 
 
