@@ -145,6 +145,10 @@ def read_log(name):
     return [json.loads(line) for line in path.open()] if path.exists() else []
 
 
+def evaluations(log):
+    return {line["epoch"]: line for line in log if line["split"] == "eval"}
+
+
 def run(name, script, epochs, flags):
     """Start a run, or continue one that was stopped. What it prints goes to runs/NAME.log."""
     start = f"--preset tiny --name {name} {flags}"
@@ -158,21 +162,13 @@ def run(name, script, epochs, flags):
 
 def run_missing():
     Path("runs").mkdir(exist_ok=True)
-    missing = []
-    for job in jobs():
-        log = read_log(job[0])
-        if not log or log[-1]["split"] == "train" or log[-1]["epoch"] < job[2]:
-            missing.append(job)
+    missing = [job for job in jobs() if job[2] not in evaluations(read_log(job[0]))]
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(run, *job) for job in missing]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
             if future.exception():
                 pool.shutdown(cancel_futures=True)
             future.result()  # raises, if the run failed
-
-
-def evaluations(log):
-    return {line["epoch"]: line for line in log if line["split"] == "eval"}
 
 
 def value(log, epoch, number):
