@@ -1590,4 +1590,7 @@ def test_no_table_has_a_number_that_the_archived_runs_do_not_give(
     assert len(rows) > 20
     assert not set(rows) - set(printed.splitlines())
     readme = (here / "README.md").read_text()
+    rows = re.findall(r"^\|.*?\| (0\.\d{3}.*\|)$", readme, re.M)
+    assert len(rows) == 7
+    assert all(row in printed for row in rows)
     assert not set(re.findall(r"\b0\.\d{3}\b", readme)) - set(re.findall(r"\b0\.\d{3}\b", printed))

@@ -110,7 +110,8 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "tune-rwr-high@16 tune-rwr-mid@16 tune-rwr-low@16 rwr@16 "
         "tune-rwr-mid@48 tune-rwr-low@48 rwr@48 tune-sparse@16 tune-sparse@48", ""),
     "Tuning the same for small files": (
-        "tune-jpeg-high@24 jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 tune-jpeg-is@24", "compressibility"),
+        "tune-jpeg-high@24 jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 tune-jpeg-is@24",
+        "compressibility"),
 }  # fmt: skip
 CURVES = {  # file: (number, experiments)
     "second-reader.png": ("ocr@judge", "crd reward-alone anchor-alone is is-guided"),
