@@ -32,6 +32,7 @@ import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import crd  # noqa: E402
 import ddpo  # noqa: E402
@@ -1594,3 +1595,65 @@ def test_no_table_has_a_number_that_the_archived_runs_do_not_give(
     assert len(rows) == 7
     assert all(row in printed for row in rows)
     assert not set(re.findall(r"\b0\.\d{3}\b", readme)) - set(re.findall(r"\b0\.\d{3}\b", printed))
+
+
+def count_tflop(function):
+    """TFLOP of a function's matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+def count_passes(network, script, targets, *inputs):
+    """TFLOP of a pass without gradient, and of a checkpointed forward and backward pass."""
+    script.add_lora(network, targets, 32, 64, script.ADAPTERS)
+    network.enable_gradient_checkpointing(script.checkpoint)
+    with torch.no_grad():
+        forward = count_tflop(lambda: network(*inputs))
+    return forward, count_tflop(lambda: network(*inputs)[0].sum().backward())
+
+
+def count_large_models():
+    """SD 3.5 Medium's and SD 1.4's passes and the VAE's, for one image of 512 px, on the models'
+    true sizes, without weights."""
+    latents = torch.empty(1, 16, 64, 64)
+    small = torch.empty(1, 4, 64, 64)
+    sd3 = diffusers.SD3Transformer2DModel(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    )  # fmt: skip
+    inputs = (latents, torch.empty(1, 77 + 128, 4096), torch.empty(1, 2048), torch.empty(1))
+    sd3_passes = count_passes(sd3, crd, crd.TARGET_MODULES, *inputs, None, None, False)
+    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    inputs = (small, torch.empty(1), torch.empty(1, 77, 768))
+    unet_passes = count_passes(unet, ddpo, ddpo.StableDiffusion.target_modules, *inputs)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    with torch.no_grad():
+        return *sd3_passes, *unet_passes, count_tflop(lambda: vae.decode(small))
+
+
+def test_the_pages_say_what_the_large_runs_compute():
+    """Text encoders and rewards are left out."""
+    with torch.device("meta"):
+        forward, train, unet_forward, unet_train, decode = count_large_models()
+    commands = {}
+    for flags in ("--reward ocr", "--reward ocr --groups 12 --train-timesteps 4"):
+        args = crd.parse(flags.split())
+        sigma = train + forward + 2 * forward  # the policy, `old`, the guided reference
+        tflop = args.rollout_steps * forward + decode + args.train_timesteps * sigma
+        commands[f"crd.py {flags}"] = (tflop, args.groups * args.group_size, args.epochs)
+    args = ddpo.parse([])
+    tflop = 2 * args.steps * (unet_forward + unet_train) + decode  # 2: with guidance
+    commands["ddpo.py"] = (tflop, args.images, args.epochs)
+    page = (TINY / "RESULTS.md").read_text()
+    for number in (forward, train, unet_forward, unet_train, decode):
+        assert f"{number:.2f}" in page
+    for command, (tflop, images, epochs) in commands.items():
+        cells = [f"`{command}`, {epochs} epochs", f"{tflop:.0f}", f"{tflop * images / 1000:.1f}"]
+        for peak in (989, 165):  # TFLOP/s in bf16 of an H100 and an RTX 4090; 40 % are assumed
+            minutes = tflop * images / (0.4 * peak) / 60
+            cells.append(f"{minutes:.1f}, {minutes * epochs / 60 / 24:.1f}")
+        assert f"| {' | '.join(cells)} |" in page
