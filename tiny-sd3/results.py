@@ -42,7 +42,7 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "sf": ("ddpo", 192, "--algorithm sf --images 48"),
     "rwr": ("ddpo", 48, "--algorithm rwr --lr 1e-4"),
     "jpeg-is": ("ddpo", 24, f"{JPEG} --lr 1.5e-3"),
-    "jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48"),
+    "jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48 --lr 1.5e-3"),
     "jpeg-rwr": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 1.5e-3"),
     "rwr-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 3e-5"),
     "jpeg-rwr-sparse": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 1.5e-3"),
@@ -50,24 +50,31 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "strong": ("crd", 12, "--anchor-guidance 1 --anchor 1"),
     "strong-constant": ("crd", 12, "--anchor-guidance 1 --anchor 1 --no-anchor-adaptive"),
     "strong-mean": ("crd", 12, "--anchor-guidance 1 --anchor 0.41 --no-anchor-adaptive"),
-    "weak": ("crd", 40, "--anchor 0.002"),
-    "weak-constant": ("crd", 40, "--anchor 0.002 --no-anchor-adaptive"),
-    "weak-mean": ("crd", 40, "--anchor 0.0013 --no-anchor-adaptive"),
+    "weak": ("crd", 48, "--anchor 0.002"),
+    "weak-constant": ("crd", 48, "--anchor 0.002 --no-anchor-adaptive"),
+    "weak-mean": ("crd", 48, "--anchor 0.0013 --no-anchor-adaptive"),
     # Tuning, on seed 0
     "tune-preset": ("crd", 24, ""),
     "tune-24-steps": ("crd", 12, "--train-timesteps 3 --steps-per-epoch 24"),
     "tune-beta-3": ("crd", 12, "--beta 3"),
     "tune-beta-0.1": ("crd", 12, "--lr 1.5e-3 --beta 0.1"),
     "tune-group-16": ("crd", 12, "--lr 1.5e-3 --group-size 16 --groups 24"),
+    "tune-old": ("crd", 12, "--old-decay 0 0.25 0.01 0.5"),
+    "tune-unguided": ("crd", 48, "--anchor-guidance 1 --anchor 0.01"),
     "tune-reward-alone": ("crd", 48, "--anchor 0"),
     "tune-rwr-high": ("ddpo", 16, "--algorithm rwr --lr 1.5e-3"),
     "tune-rwr-mid": ("ddpo", 48, "--algorithm rwr"),
     "tune-rwr-low": ("ddpo", 48, "--algorithm rwr --lr 3e-4"),
     "tune-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 1e-4"),
+    "tune-rwr-lower": ("ddpo", 48, "--algorithm rwr --lr 3e-5"),
+    "tune-rwr-soft": ("ddpo", 48, "--algorithm rwr --lr 1e-4 --temperature 1"),
     "tune-jpeg-high": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 3e-3"),
     "tune-jpeg-mid": ("ddpo", 24, f"{JPEG} --algorithm rwr"),
     "tune-jpeg-low": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 3e-4"),
+    "tune-jpeg-sparse-high": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 3e-3"),
+    "tune-jpeg-sparse-low": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 5e-4"),
     "tune-jpeg-is": ("ddpo", 24, JPEG),
+    "tune-jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48"),
     # A LoRA of a run above, evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
     "crd-guided": ("crd", 0, "--lora runs/crd-{seed}/epoch-0024 --eval-guidance 1.5"),
     "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
@@ -86,7 +93,7 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "(ii) The guided anchor": (
         "crd@24 unguided@24 reward-alone@24 crd@48 unguided@48 reward-alone@48", ""),
     "(iii) The adaptive anchor": (
-        "strong@12 strong-constant@12 strong-mean@12 weak@40 weak-constant@40 weak-mean@40",
+        "strong@12 strong-constant@12 strong-mean@12 weak@48 weak-constant@48 weak-mean@48",
         "images to 0.4"),
     "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
@@ -95,14 +102,16 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "CRD and DDPO by one solver": (
         "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-solver", ""),
     "Tuning CRD": (
-        "tune-preset@12 tune-24-steps@12 tune-beta-3@12 tune-beta-0.1@12 tune-group-16@12 "
-        "tune-preset@24 tune-reward-alone@48", ""),
+        "tune-preset@12 tune-24-steps@12 tune-beta-3@12 tune-old@12 tune-beta-0.1@12 "
+        "tune-group-16@12 tune-preset@24 tune-reward-alone@48 tune-unguided@48", ""),
     "Tuning reward-weighted regression": (
-        "tune-rwr-high@16 tune-rwr-mid@16 tune-rwr-low@16 rwr@16 "
-        "tune-rwr-mid@48 tune-rwr-low@48 rwr@48 tune-sparse@16 tune-sparse@48", ""),
+        "tune-rwr-high@16 tune-rwr-mid@16 tune-rwr-low@16 rwr@16 tune-rwr-lower@16 "
+        "tune-rwr-mid@48 tune-rwr-low@48 rwr@48 tune-rwr-lower@48 tune-rwr-soft@16 "
+        "tune-rwr-soft@48 tune-sparse@16 tune-sparse@48 rwr-sparse@48", ""),
     "Tuning the same for small files": (
-        "tune-jpeg-high@24 jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 tune-jpeg-is@24",
-        "compressibility"),
+        "tune-jpeg-high@24 jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 "
+        "tune-jpeg-sparse-high@24 jpeg-rwr-sparse@24 tune-jpeg-sparse-low@24 "
+        "jpeg-is@24 tune-jpeg-is@24 jpeg-sf@96 tune-jpeg-sf@96", "compressibility"),
 }  # fmt: skip
 CURVES = {  # file: (number, experiments)
     "second-reader.png": ("ocr@judge", "crd reward-alone anchor-alone is is-guided"),
@@ -189,7 +198,7 @@ def print_table(title, rows, column):
             if epoch == 0 and digits == 0:
                 cells[-1] = ""  # nothing was trained
             if math.inf in values:
-                cells[-1] = "not in all runs"
+                cells[-1] = "not in all runs" if min(values) < math.inf else "in no run"
         print(f"| `{name}` | {epoch or ''} |", " | ".join(cells or ["not run"]), "|")
 
 
