@@ -66,6 +66,7 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "tune-rwr-mid": ("ddpo", 48, "--algorithm rwr"),
     "tune-rwr-low": ("ddpo", 48, "--algorithm rwr --lr 3e-4"),
     "tune-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 1e-4"),
+    "tune-sparse-low": ("ddpo", 48, "--algorithm rwr-sparse --lr 1e-5"),
     "tune-rwr-lower": ("ddpo", 48, "--algorithm rwr --lr 3e-5"),
     "tune-rwr-soft": ("ddpo", 48, "--algorithm rwr --lr 1e-4 --temperature 1"),
     "tune-jpeg-high": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 3e-3"),
@@ -80,13 +81,15 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
     "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0048"),
     "sf-solver": ("crd", 0, "--lora runs/sf-{seed}/epoch-0192"),
+    "is-guided-plain": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048"),
     "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048 --eval-guidance 4"),
 }
 COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
 TABLES = {  # title: (rows as experiment@epoch, another column)
     "More than distilled guidance": (
         "guidance-1 guidance-1.5 guidance-2 guidance-3 guidance-4 guidance-5 "
-        "crd@24 reward-alone@24 anchor-alone@24 crd@48 reward-alone@48 anchor-alone@48", ""),
+        "crd@16 crd@24 crd@32 crd@48 reward-alone@24 reward-alone@48 "
+        "anchor-alone@24 anchor-alone@48", ""),
     "(i) The decoupled sampler": (
         "reward-alone@24 both-fast@24 both-slow@24 reward-alone@48 both-fast@48 both-slow@48",
         "rho_std"),
@@ -98,16 +101,17 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
         "jpeg-is@0 jpeg-is@24 jpeg-sf@96 jpeg-rwr@24 jpeg-rwr-sparse@24", "compressibility"),
-    "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@48", ""),
+    "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@0 is-guided@48", ""),
     "CRD and DDPO by one solver": (
-        "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-solver", ""),
+        "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-plain "
+        "is-guided-solver", ""),
     "Tuning CRD": (
         "tune-preset@12 tune-24-steps@12 tune-beta-3@12 tune-old@12 tune-beta-0.1@12 "
         "tune-group-16@12 tune-preset@24 tune-reward-alone@48 tune-unguided@48", ""),
     "Tuning reward-weighted regression": (
         "tune-rwr-high@16 tune-rwr-mid@16 tune-rwr-low@16 rwr@16 tune-rwr-lower@16 "
         "tune-rwr-mid@48 tune-rwr-low@48 rwr@48 tune-rwr-lower@48 tune-rwr-soft@16 "
-        "tune-rwr-soft@48 tune-sparse@16 tune-sparse@48 rwr-sparse@48", ""),
+        "tune-rwr-soft@48 tune-sparse@16 tune-sparse@48 rwr-sparse@48 tune-sparse-low@48", ""),
     "Tuning the same for small files": (
         "tune-jpeg-high@24 jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 "
         "tune-jpeg-sparse-high@24 jpeg-rwr-sparse@24 tune-jpeg-sparse-low@24 "
