@@ -35,7 +35,7 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "crd": ("crd", 48, ""),
     "reward-alone": ("crd", 48, ALONE),
     "is": ("ddpo", 48, ""),
-    "is-guided": ("ddpo", 48, "--guidance 4"),
+    "is-guided": ("ddpo", 96, "--guidance 4"),
     "anchor-alone": ("crd", 48, "--reward-weight 0"),
     "both-fast": ("crd", 48, FAST),
     "both-slow": ("crd", 48, SLOW),
@@ -101,7 +101,7 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
         "jpeg-is@0 jpeg-is@24 jpeg-sf@96 jpeg-rwr@24 jpeg-rwr-sparse@24", "compressibility"),
-    "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@0 is-guided@48", ""),
+    "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@0 is-guided@48 is-guided@96", ""),
     "CRD and DDPO by one solver": (
         "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-plain "
         "is-guided-solver", ""),
