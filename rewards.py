@@ -303,9 +303,11 @@ def edit_similarity(target, text):
 
 class OCR(Reward):
     """`edit_similarity` of the prompt's quoted text and what PP-OCRv5 reads (Cui et al. 2025, arXiv
-    2507.05595): a detector finds upright boxes around lines of text, a recognizer reads each.
-    Hacked by the word alone, huge, or written many times. Weights: Apache 2.0. transformers' image
-    processors for them need torchvision and OpenCV, so the steps around the networks are ours."""
+    2507.05595): a detector finds boxes around lines of text, a recognizer reads each. As in
+    Flow-GRPO (arXiv 2505.05470), other text in the image costs nothing if the text is there to the
+    letter, but counts with the first wrong letter. Hacked by the word alone, huge, or written many
+    times. Weights: Apache 2.0. transformers' image processors for them need torchvision and OpenCV,
+    so the steps around the networks are ours."""
 
     name = "ocr"
     prompts = "ocr"
@@ -350,9 +352,10 @@ class OCR(Reward):
         lines = []
         rows = []  # the image of each line
         for row, (x, text_map) in enumerate(zip(pixels, maps)):
-            boxes = [scale_box(box, text_map.shape, x.shape[1:]) for box in find_boxes(text_map)]
-            for x0, y0, x1, y1 in reading_order(boxes):
-                lines.append(self.line_input(x[:, y0:y1, x0:x1]))
+            boxes = find_boxes(text_map.cpu())
+            boxes = [scale_box(box, text_map.shape, x.shape[1:]) for box in boxes]
+            for box in reading_order(boxes):
+                lines.append(self.line_input(cut_out(x, box)))
                 rows.append(row)
         scores = in_batches(lambda x: self.recognizer(pixel_values=x).last_hidden_state, lines)
         texts = [[] for _ in images]
@@ -361,11 +364,11 @@ class OCR(Reward):
         return [" ".join(text) for text in texts]
 
     def detector_size(self, size):
-        scale = self.limit / max(size)  # limit_type "resize_long"
-        if self.limit_type == "max":
-            scale = min(scale, 1)
-        elif self.limit_type == "min":
-            scale = max(self.limit / min(size), 1)
+        scale = {
+            "resize_long": self.limit / max(size),
+            "max": min(self.limit / max(size), 1),
+            "min": max(self.limit / min(size), 1),
+        }[self.limit_type]
         return multiples_of_32(int(side * scale) for side in size)
 
     def line_input(self, line):
@@ -415,58 +418,122 @@ def in_batches(model, inputs, batch=16):
     return [outputs[row] for row in range(len(inputs))]
 
 
+def components(mask):
+    """The connected components (8 neighbors) of a mask (H, W): the pixels (n, 2) of each, row and
+    column, from the top, from the left."""
+    steps = F.pad(mask.int(), (1, 1)).diff()
+    row, start = (steps == 1).nonzero(as_tuple=True)  # of each run of pixels in a row
+    stop = (steps == -1).nonzero()[:, 1]
+    # The runs that touch it in the row above, if only by a corner, are first, ..., last - 1.
+    width = mask.shape[1] + 2
+    first = torch.searchsorted(row * width + stop, (row - 1) * width + start)
+    last = torch.searchsorted(row * width + start, (row - 1) * width + stop, right=True)
+    parents = list(range(len(row)))
+
+    def root(run):
+        while parents[run] != run:
+            parents[run] = parents[parents[run]]  # halves the way for the next
+            run = parents[run]
+        return run
+
+    for run, touching in enumerate(zip(first.tolist(), last.tolist())):
+        for other in range(*touching):
+            parents[root(other)] = root(run)
+    labels = torch.tensor([root(run) for run in parents]).repeat_interleave(stop - start)
+    sizes = labels.unique(return_counts=True)[1].tolist()
+    return mask.nonzero()[labels.argsort(stable=True)].split(sizes)
+
+
+def smallest_rectangle(points):
+    """The smallest rectangle around points (n, 2), turned by whole degrees: its axes (2, 2), unit
+    vectors along and across a line of text, and where it starts and ends on either, (2,), (2,)."""
+    turns = torch.arange(-45, 45).double().deg2rad()
+    axes = torch.stack([turns.cos(), turns.sin(), -turns.sin(), turns.cos()], 1).view(-1, 2, 2)
+    start, end = (points @ axes.mT).aminmax(dim=1)
+    best = (end - start).prod(1).argmin()
+    return axes[best], start[best], end[best]
+
+
 def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=3):
-    """Boxes (x0, y0, x1, y1) of the lines of text in a map (H, W) in 0..1, which marks a shrunken
-    core of each (Liao et al. 2020, arXiv 1911.08947): so boxes grow, maybe over the edge. Those
-    that are thin, or low on average, are dropped."""
-    labels = connected(text_map > threshold).cpu()
-    text_map = text_map.cpu().double()
+    """Boxes of the lines of text in a map (H, W) in 0..1, which marks a shrunken core of each (Liao
+    et al. 2020, arXiv 1911.08947): so boxes grow, maybe over the edge. A box is its corners (4, 2),
+    x and y, clockwise from the upper left. Cores that are thin are dropped, and those low on
+    average: over their own pixels, as an upright rectangle around a tilted line is nearly empty."""
     boxes = []
-    for label in labels[labels >= 0].unique():
-        y, x = (labels == label).nonzero(as_tuple=True)
-        x0, x1 = x.min().item(), x.max().item()
-        y0, y1 = y.min().item(), y.max().item()
-        width = x1 - x0
-        height = y1 - y0
-        mean = text_map[y0 : y1 + 1, x0 : x1 + 1].mean()
-        if min(width, height) >= min_side and mean >= box_threshold:
-            grow = width * height * unclip / (2 * (width + height))
-            boxes.append((x0 - grow, y0 - grow, x1 + grow, y1 + grow))
+    for pixels in components(text_map > threshold):
+        row, column = pixels.T
+        if text_map[row, column].double().mean() < box_threshold:
+            continue
+        is_new_row = row.diff() != 0
+        is_end = F.pad(is_new_row, (1, 0), value=True) | F.pad(is_new_row, (0, 1), value=True)
+        outline = pixels[is_end].flip(1).double()  # the others lie between those
+        axes, start, end = smallest_rectangle(outline)
+        width, height = end - start
+        if min(width, height) < min_side:
+            continue
+        grow = width * height * unclip / (2 * (width + height))
+        left, top = start - grow
+        right, bottom = end + grow
+        corners = torch.stack([left, top, right, top, right, bottom, left, bottom]).view(4, 2)
+        boxes.append(corners @ axes)
     return boxes
 
 
-def connected(mask):
-    """Connected components (8 neighbors) of a mask (H, W): each pixel's label is the index of the
-    component's last pixel, -1 outside."""
-    index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    labels = torch.where(mask, index, -1)
-    while True:
-        largest = F.max_pool2d(labels[None].float(), 3, stride=1, padding=1)[0].long()
-        # A label names a pixel, whose own label may be larger: this takes long steps.
-        largest = torch.where(mask, largest.flatten()[largest], -1)
-        if torch.equal(largest, labels):
-            return labels
-        labels = largest
-
-
 def scale_box(box, size, new_size):
-    """A box in a map to whole pixels of an image: at least one, none outside."""
-    height, width = new_size
-    x0, x1 = (round(x * width / size[1]) for x in (box[0], box[2]))
-    y0, y1 = (round(y * height / size[0]) for y in (box[1], box[3]))
-    x0 = min(max(x0, 0), width - 1)
-    y0 = min(max(y0, 0), height - 1)
-    return x0, y0, max(min(x1, width), x0 + 1), max(min(y1, height), y0 + 1)
+    """A box in a map to whole pixels of an image, none outside. A high one begins at its upper
+    right corner: its text runs down."""
+    size = torch.tensor([size[1], size[0]])
+    new_size = torch.tensor([new_size[1], new_size[0]])
+    box = torch.minimum((box * new_size / size).round().clamp(min=0), new_size)
+    width, height = box_size(box)
+    return box.roll(-1, 0) if height >= 1.5 * width else box
+
+
+def box_size(box):
+    """Width and height of a box in whole pixels, at least one."""
+    a, b, c, d = box
+    width = max((b - a).norm(), (c - d).norm())
+    height = max((d - a).norm(), (c - b).norm())
+    return max(int(width), 1), max(int(height), 1)
+
+
+def cut_out(pixels, box):
+    """What is in a box of the image (3, H, W), upright: (3, height, width)."""
+    width, height = box_size(box)
+    a, b, c, d = box.to(pixels)
+    s = torch.arange(width, device=pixels.device).view(1, -1, 1) / width
+    t = torch.arange(height, device=pixels.device).view(-1, 1, 1) / height
+    points = (1 - t) * (a + s * (b - a)) + t * (d + s * (c - d))
+    size = pixels.new_tensor([pixels.shape[2], pixels.shape[1]])
+    grid = (2 * points + 1) / size - 1  # the image's edges are at -1 and 1
+    options = {"padding_mode": "border", "align_corners": False}
+    return F.grid_sample(pixels[None], grid[None], **options)[0]
 
 
 def reading_order(boxes):
-    """Line by line, from the left. A line has the boxes centered above its first one's bottom."""
+    """Line by line, from the left, along the mean direction of the level boxes or of the upright
+    ones, where there is more text. A line has the boxes beside its highest one: the center of
+    either is between the other's top and bottom."""
+    if not boxes:
+        return []
+    corners = torch.stack(boxes)
+    edges = corners[:, 1] - corners[:, 0]
+    is_level = edges[:, 0].abs() >= edges[:, 1].abs()
+    direction = max(edges[is_level].sum(0), edges[~is_level].sum(0), key=torch.norm)
+    cos, sin = direction / direction.norm()
+    x, y = corners.unbind(2)
+    along = (x * cos + y * sin).mean(1).tolist()
+    across = y * cos - x * sin
+    top, middle, bottom = (f(across, 1).tolist() for f in (torch.amin, torch.mean, torch.amax))
     lines = []
-    for box in sorted(boxes, key=lambda box: box[1] + box[3]):
-        if not lines or (box[1] + box[3]) / 2 >= lines[-1][0][3]:
-            lines.append([])
-        lines[-1].append(box)
-    return [box for line in lines for box in sorted(line)]
+    for i in sorted(range(len(boxes)), key=middle.__getitem__):
+        for line in lines:
+            if middle[i] < bottom[line[0]] or top[i] < middle[line[0]]:
+                line.append(i)
+                break
+        else:
+            lines.append([i])
+    return [boxes[i] for line in lines for i in sorted(line, key=along.__getitem__)]
 
 
 def ctc_decode(scores, characters):

@@ -941,27 +941,106 @@ def test_the_first_quoted_text_is_asked_for(prompt, text):
     assert rewards.quoted(prompt) == text
 
 
+def flood(mask):
+    """Connected components of a mask, as sets of (row, column), pixel by pixel."""
+    left = {tuple(pixel) for pixel in mask.nonzero().tolist()}
+    found = []
+    while left:
+        component = set()
+        todo = [left.pop()]
+        while todo:
+            y, x = todo.pop()
+            component.add((y, x))
+            for neighbor in itertools.product((y - 1, y, y + 1), (x - 1, x, x + 1)):
+                if neighbor in left:
+                    left.remove(neighbor)
+                    todo.append(neighbor)
+        found.append(component)
+    return found
+
+
+@parametrize("density", [0.0, 0.2, 0.4, 0.6, 1.0])
+def test_pixels_that_touch_are_one_component(density):
+    """If only by a corner."""
+    for seed in range(10):
+        mask = torch.rand(17, 23, generator=torch.Generator().manual_seed(seed)) < density
+        components = [set(map(tuple, pixels.tolist())) for pixels in rewards.components(mask)]
+        assert sorted(map(sorted, components)) == sorted(map(sorted, flood(mask)))
+
+
+def rectangle(x0, y0, x1, y1):
+    return torch.tensor([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]).double()
+
+
+def text_map_of(*blocks):
+    text_map = torch.zeros(32, 64)
+    for value, x0, y0, x1, y1 in blocks:
+        text_map[y0 : y1 + 1, x0 : x1 + 1] = value
+    return text_map
+
+
 LINE = (10, 5, 30, 13)
 LOW = (2, 20, 40, 28)
 
 
-@parametrize("blocks, boxes", [
+@parametrize("blocks, lines", [
     ([(0.25, 0, 0, 63, 31), (0.9, *LINE)], [LINE]),
     ([(0.5, *LINE)], []),  # over the map's threshold, under the box's
     ([(0.9, 10, 5, 30, 7)], []),  # too thin
-    ([(0.9, 10, 5, 30, 10), (0.9, 10, 5, 20, 13)], [LINE]),
-    ([(0.9, 10, 5, 30, 8), (0.9, 10, 5, 13, 13)], []),  # over half of its box is empty
+    ([(0.35, *LINE), (0.9, 10, 5, 20, 13)], [LINE]),  # 11 of 21 columns are sure
+    ([(0.35, *LINE), (0.9, 10, 5, 17, 13)], []),
     ([(0.9, *LINE), (0.8, *LOW)], [LINE, LOW]),
+    ([(0.9, 10, 0, 20, 20), (0, 12, 2, 18, 18)], [(10, 0, 20, 20)]),  # empty inside
 ])  # fmt: skip
-def test_a_line_is_a_blob_with_a_high_mean_over_its_box(blocks, boxes):
+def test_a_line_is_a_blob_that_is_sure_on_average(blocks, lines):
     """It grows by its area over its perimeter, times `unclip`."""
-    text_map = torch.zeros(32, 64)
-    for value, x0, y0, x1, y1 in blocks:
-        text_map[y0 : y1 + 1, x0 : x1 + 1] = value
-    assert rewards.find_boxes(text_map, unclip=0) == boxes
-    if boxes == [LINE]:
+    boxes = rewards.find_boxes(text_map_of(*blocks), unclip=0)
+    assert_close(boxes, [rectangle(*line) for line in lines])
+    if lines == [LINE]:
         d = 20 * 8 * 1.5 / 56
-        assert rewards.find_boxes(text_map) == [pytest.approx((10 - d, 5 - d, 30 + d, 13 + d))]
+        grown = rectangle(10 - d, 5 - d, 30 + d, 13 + d)
+        assert_close(rewards.find_boxes(text_map_of(*blocks)), [grown])
+
+
+def turned(box, degrees):
+    """Corners of a box, turned around (100, 100)."""
+    angle = math.radians(degrees)
+    x, y = (rectangle(*box) - 100).T
+    cos, sin = math.cos(angle), math.sin(angle)
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], 1) + 100
+
+
+@parametrize("degrees", [-40, -8, -3, 2, 15, 44])
+def test_a_tilted_line_has_a_tilted_box(degrees):
+    """Cut out, it is level: here, in the picture as in the map, dark on the left."""
+    image = Image.new("RGB", (200, 200), "black")
+    line = turned((40, 90, 160, 110), degrees)
+    corners = [tuple(corner) for corner in line.tolist()]
+    pen = rewards.ImageDraw.Draw(image)
+    pen.polygon(corners, "#ccc")
+    pen.polygon(corners[:1] + [tuple(c) for c in turned((40, 90, 60, 110), degrees)[1:]], "#888")
+    pixels = rewards.to_pixels(image, CPU)
+    (box,) = rewards.find_boxes(pixels[0] / 255, unclip=0)
+    assert (box - line).norm(dim=1).max() < 2
+    box = rewards.scale_box(box, (200, 200), (200, 200))
+    cut = rewards.cut_out(pixels, box)[:, 2:-2, 2:-2]
+    assert cut.shape[1:] == pytest.approx((16, 116), abs=2)
+    assert_close(cut[:, :, :14], torch.full_like(cut[:, :, :14], 136))
+    assert_close(cut[:, :, 24:], torch.full_like(cut[:, :, 24:], 204))
+
+
+def test_a_level_box_is_cut_out_pixel_by_pixel_and_a_high_one_turned():
+    """Its corners are whole pixels of the image, none outside."""
+    pixels = rewards.to_pixels(noise_image(), CPU)
+    size = pixels.shape[1:]
+    box = rewards.scale_box(rectangle(-3, 4.2, 20.3, 7), (16, 32), size)
+    assert_close(box, rectangle(0, 8, 41, 14))
+    assert_close(rewards.cut_out(pixels, box), pixels[:, 8:14, :41], rtol=0, atol=0.01)
+    box = rewards.scale_box(rectangle(4, 2, 10, 11), size, size)
+    upright = pixels[:, 2:11, 5:11].flip(2).transpose(1, 2)  # whose top is the right edge
+    assert_close(rewards.cut_out(pixels, box), upright, rtol=0, atol=0.01)
+    outside = rewards.scale_box(rectangle(70, 40, 80, 50), size, size)
+    assert_close(rewards.cut_out(pixels, outside), pixels[:, -1:, -1:])
 
 
 def test_the_text_networks_see_the_sizes_and_the_channels_of_pp_ocr():
@@ -979,9 +1058,110 @@ def test_the_text_networks_see_the_sizes_and_the_channels_of_pp_ocr():
     assert [reward.line_width(size) for size in lines] == [101, 320, 320, 321, 685]
 
 
-def test_a_box_a_little_lower_is_still_on_its_neighbors_line():
-    boxes = [(0, 0, 10, 10), (20, 3, 30, 13), (0, 20, 10, 30), (15, 18, 30, 28)]
-    assert rewards.reading_order([boxes[i] for i in (3, 1, 2, 0)]) == boxes
+LEFT_PART, RIGHT_PART = (turned((85, 20, 115, 35), degrees) for degrees in (-35, 35))
+BANNER = rectangle(0, 0, 12, 80).roll(-1, 0)  # laid on its side
+
+
+@parametrize("boxes", [
+    [rectangle(0, 0, 10, 10), rectangle(20, 3, 30, 13), rectangle(0, 20, 10, 30),
+     rectangle(15, 18, 30, 28)],  # a little lower is still on the line
+    [rectangle(0, 8, 40, 40), rectangle(50, 10, 70, 20)],  # and so is a smaller one
+    [turned(box, 40) for box in ((0, 0, 40, 10), (50, 0, 60, 10), (0, 15, 60, 25))],
+    [turned(box, 70) for box in ((0, 0, 40, 10), (50, 0, 60, 10), (0, 15, 60, 25))],
+    [LEFT_PART, RIGHT_PART],  # of an arc
+    [BANNER, *(rectangle(20, y, 90, y + 15) for y in (10, 30, 50))],
+])  # fmt: skip
+def test_boxes_are_read_in_the_direction_of_most_of_the_text(boxes):
+    for shuffled in itertools.permutations(range(len(boxes))):
+        order = rewards.reading_order([boxes[i] for i in shuffled])
+        assert_close(order, boxes)
+    assert rewards.reading_order([]) == []
+
+
+def text_image(lines, size=(320, 320), degrees=0, seed=0):
+    """Lines (text, letter height, x, y of the center) on stripes, all turned around the middle."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", size, tuple(rng.randint(120, 255) for _ in range(3)))
+    pen = rewards.ImageDraw.Draw(image)
+    for x in range(0, size[0], 40):
+        stripe = tuple(rng.randint(120, 255) for _ in range(3))
+        pen.rectangle((x, 0, x + rng.randint(5, 30), size[1]), stripe)
+    letters = Image.new("L", size)
+    pen = rewards.ImageDraw.Draw(letters)
+    for text, height, x, y in lines:
+        pen.text((x, y), text, 255, rewards.ImageFont.load_default(height), "mm")
+    ink = tuple(rng.randint(0, 60) for _ in range(3))
+    image.paste(ink, mask=letters.rotate(-degrees, Image.BICUBIC))
+    return image
+
+
+TEXT_IMAGES = [("OPEN DAILY", text_image([("OPEN DAILY", 40, 160, 150)], seed=99))]
+for i, degrees in enumerate((3, 5, 8, 12, 15, 20, 25, 30, 35, 40)):
+    one = [(("Fresh Bread", "night train")[i % 2], 36 + i, 160, 160)]
+    two = [("Museum of", 34, 160, 135), ("Modern Art", 34, 165, 180)]
+    for lines, sign in ((one, 1), (one, -1), (two, (-1) ** i)):
+        image = text_image(lines, degrees=sign * degrees, seed=len(TEXT_IMAGES))
+        TEXT_IMAGES.append((" ".join(line[0] for line in lines), image))
+APART = [("north", 30, 80, 90), ("south", 44, 235, 95)]
+APART += [("east", 36, 80, 220), ("west", 30, 235, 225)]
+TEXT_IMAGES += [
+    ("north south east west", text_image(APART)),
+    ("COLUMN", text_image([("COLUMN", 44, 160, 160)], degrees=90)),
+    ("wide open road", text_image([("wide open road", 50, 240, 90)], (480, 180))),
+    ("", text_image([])),
+]
+
+
+@pytest.fixture
+def real_ocr(monkeypatch, tmp_path):
+    """The OCR reward around PP-OCRv6's small networks, and RapidOCR, another implementation of
+    PP-OCR, around the same with the same settings: two functions from an image to its text."""
+    rapidocr = pytest.importorskip("rapidocr", reason="its wheel has PP-OCR's networks")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    models = Path(rapidocr.__file__).parent / "models"
+    files = {f"ocr-{part}": next(models.glob(f"PP-OCR*_{part}_*.onnx")) for part in ("det", "rec")}
+    sessions = {folder: onnxruntime.InferenceSession(file) for folder, file in files.items()}
+
+    def load_model(model_class, place, device):
+        session = sessions[place["subfolder"]]
+        name = session.get_inputs()[0].name
+
+        def network(pixel_values):
+            (output,) = session.run(None, {name: pixel_values.numpy()})
+            return SimpleNamespace(last_hidden_state=torch.from_numpy(output))
+
+        return network
+
+    letters = sessions["ocr-rec"].get_modelmeta().custom_metadata_map["character"].splitlines()
+    settings = {"ocr-det": {}, "ocr-rec": {"character_list": ["blank", *letters, " "]}}
+    for folder in settings:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "preprocessor_config.json").write_text(json.dumps(settings[folder]))
+    monkeypatch.setattr(rewards, "load_model", load_model)
+    reward = rewards.load(f"ocr@{tmp_path}", "cpu")
+    engine = rapidocr.RapidOCR(params={
+        "Global.use_cls": False, "Global.text_score": 0.0, "Global.log_level": "critical",
+        "Det.model_path": str(files["ocr-det"]), "Rec.model_path": str(files["ocr-rec"]),
+        "Det.mean": [0.485, 0.456, 0.406], "Det.std": [0.229, 0.224, 0.225],
+        "Det.limit_type": "max", "Det.limit_side_len": 960, "Det.thresh": 0.3,
+        "Det.box_thresh": 0.6, "Det.unclip_ratio": 1.5, "Det.use_dilation": False,
+    })  # fmt: skip
+
+    def read_as_rapidocr(image):
+        r, g, b = image.split()
+        return " ".join(engine(Image.merge("RGB", (b, g, r))).txts or [])
+
+    return lambda image: reward.read([image])[0], read_as_rapidocr
+
+
+def test_text_is_read_as_well_as_by_another_implementation_of_pp_ocr(real_ocr):
+    """Level, tilted, in two lines, apart, in a column, and none."""
+    read, read_as_rapidocr = real_ocr
+    for target, image in TEXT_IMAGES:
+        score = rewards.edit_similarity(target, read(image)) if target else float(not read(image))
+        peer = rewards.edit_similarity(target, read_as_rapidocr(image))
+        assert score >= peer - 0.01, (target, read(image), read_as_rapidocr(image))
+        assert score == 1 or peer < 1
 
 
 @parametrize("folder", [TINY, TINY / "judge"], ids=["tiny-sd3", "judge"])

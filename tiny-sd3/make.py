@@ -333,7 +333,8 @@ def tiny_recognizer():
 
 def train_recognizer(folder, seed, build, width=192, rough=False, damage=degrade, steps=1500, batch=64):
     """A model that reads lines of text cut from damaged signs, as a detector might cut them; CTC. Lines
-    are scaled to 48 pixels of height and at most `width`."""
+    are scaled to 48 pixels of height and at most `width`. The signs' lines are level, and of a level box
+    `rewards.cut_out` gives the same pixels as a slice."""
     torch.manual_seed(seed)
     model = build().to(DEVICE).train()
     height, size = 48, {"height": 48, "width": width}
