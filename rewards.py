@@ -279,10 +279,10 @@ def load_tensors(place, filename, renames):
 
 
 def quoted(prompt):
-    """The text in the prompt's first double quotes, or ""."""
-    # An opening quote begins a word: that of a 12" ruler does not.
-    texts = re.findall(r'(?<!\w)"([^"]*)"', prompt)
-    return texts[0].strip() if texts else ""
+    """The text in the prompt's first double quotes, straight or curly, or ""."""
+    # No straight quote opens after a digit: that of a 12" ruler does not.
+    match = re.search(r'(?<![\d¼½¾])"([^"]*)"|[“”„]([^“”„]*)[“”]', prompt)
+    return (match[1] or match[2] or "").strip() if match else ""
 
 
 def edit_similarity(target, text):

@@ -935,9 +935,15 @@ def test_an_edit_costs_a_letter_and_case_spaces_and_unicode_form_nothing(text, l
 
 @parametrize("prompt, text", [
     ('a 12" ruler that says "hello", not "b"', "hello"), ('("hi")', "hi"), ('an empty ""', ""),
-    ('a 12" ruler', ""), ('one " only', ""),
+    ('a 12" ruler', ""), ('one " only', ""), ('a 24" x 36½" poster: "Route 66"', "Route 66"),
+    ('写着"你好！"和"再见"', "你好！"), ('上面写着"你好"', "你好"), ('sign reads"Hello!"and"Bye"', "Hello!"),
+    ("a mug with “Good Morning” on it", "Good Morning"), ("写着“中文”的牌子", "中文"),
+    ("ein Schild „Hallo“", "Hallo"), ("en skylt med ”Hej”", "Hej"),
+    ('вывеска"Хлеб" и "Соль"', "Хлеб"), ('לוח "שלום"', "שלום"), ('شاحنة"خبز"', "خبز"),
+    ('“say "hi"”', 'say "hi"'), ('a “12" pizza” box', '12" pizza'), ("it's 'single'", ""),
 ])  # fmt: skip
 def test_the_first_quoted_text_is_asked_for(prompt, text):
+    """In straight or curly double quotes, whatever letter is before them; inches are no quotes."""
     assert rewards.quoted(prompt) == text
 
 
