@@ -14,6 +14,7 @@ silent 0. No file of weights can run code. Each class says how its reward is hac
 you do not train on beside it.
 """
 
+import copy
 import importlib
 import io
 import itertools
@@ -39,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 class Reward:
     """Gives each image a number."""
 
-    name = "reward"
+    name = None  # under which it is logged: by default as in the spec
     range = (0.0, 1.0)  # where scores lie, only used by `normalize`
     prompts = "animals"  # the prompt generator that suits it
     batch = 16  # images per forward pass
@@ -61,7 +62,7 @@ class Reward:
         raise NotImplementedError
 
     def score_all(self, images, prompts, metadata):
-        """Scores (B,) and, if a reward has details to log, {name: float}."""
+        """Scores (B,) and, if a reward has details to log, {name: number}."""
         scores = []
         for i in range(0, len(images), self.batch):
             part = slice(i, i + self.batch)
@@ -71,19 +72,33 @@ class Reward:
     @torch.no_grad()
     def score(self, images, prompts, metadata):
         """Rewards R (B,), float32 on the CPU, and {name: mean} of each part, to log."""
+        count = len(images)
+        # Copies: a reward may resize an image in place, which the next one is to see as it was.
+        images = [image.copy() for image in images]
+        prompts = list(prompts)
+        metadata = copy.deepcopy(list(metadata))
         try:
             for prompt, entry in zip(prompts, metadata, strict=True):
                 self.check(prompt, entry)
             scores, details = self.score_all(images, prompts, metadata)
             R = torch.tensor([float(score) for score in scores])
-            if len(R) != len(images) or not R.isfinite().all():
-                raise ValueError(f"{len(images)} images got the scores {R.tolist()}")
+            if len(R) != count or not R.isfinite().all():
+                raise ValueError(f"{count} images got the scores {R.tolist()}")
+            values = {self.name: R.mean().item()}
+            for name, value in details.items():
+                if name in (*values, *LOGGED) or not math.isfinite(float(value)):
+                    raise ValueError(f"it cannot log {value!r} as {name!r}")
+                values[name] = float(value)
         except Exception as cause:
             raise RuntimeError(f"reward {self.name} failed: {cause}") from cause
-        return R, {self.name: R.mean().item(), **details}
+        return R, values
 
     def __call__(self, images, prompts, metadata):
         return self.score(images, prompts, metadata)[0]
+
+
+# What lines of metrics.jsonl hold besides a reward's own values.
+LOGGED = ("split", "epoch", "step", "images", "seconds", "reward")
 
 
 class WeightedSum(Reward):
@@ -105,6 +120,8 @@ class WeightedSum(Reward):
         for weight, reward in self.parts:
             scores, means = reward.score(images, prompts, metadata)
             R += weight * scores
+            if shared := values.keys() & means.keys():
+                raise ValueError(f"two rewards log {shared}")
             values |= means
         return R, values
 
@@ -112,9 +129,10 @@ class WeightedSum(Reward):
 def parse_spec(spec):
     """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas. Paths may
     have commas and colons: what splits are a comma before a reward's name and the last colon before
-    a number."""
+    a number, if that is no port."""
     names = rf"(?:{'|'.join(REWARDS)}|[a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)+)"
-    pattern = rf"({names})(?:@(.+?))?(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?"
+    host = r"\w+://(?:[^/]*@)?(?:\[.*?\]|[^/:]*)(?::\d+)?"
+    pattern = rf"({names})(?:@((?:{host})?.*?))?(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?"
     parts = []
     for item in re.split(rf",\s*(?={names}(?:[@:,]|\s*$))", spec):
         match = re.fullmatch(pattern, item.strip())
@@ -124,6 +142,8 @@ def parse_spec(spec):
                 f"one of {', '.join(REWARDS)}, or module.name of your own"
             )
         name, path, weight = match.groups()
+        if path == "" or float(weight or 1) in (0, math.inf, -math.inf):
+            raise ValueError(f"{item!r}: a path, if any, is not empty, a weight finite and not 0")
         parts.append((name, path, float(weight or 1)))
     return parts
 
@@ -137,6 +157,7 @@ def reward_class(name):
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, type):
+        found.name = found.name or name
         return found
 
     class FunctionReward(Reward):
@@ -171,6 +192,11 @@ def load(spec, device, pairs=()):
         reward = reward_class(name)(path, torch.device(device))
         if path:
             reward.name = f"{name}@{Path(path).absolute().name}"
+        if reward.name in LOGGED:
+            raise ValueError(f"reward {name}: under {reward.name!r} a run logs something else")
+        lo, hi = reward.range
+        if not -math.inf < lo < hi < math.inf:
+            raise ValueError(f"reward {name}: its range has to ascend, not go from {lo} to {hi}")
         parts.append((weight, reward))
     if len(parts) == 1 and parts[0][0] == 1:
         return parts[0][1]
@@ -1304,10 +1330,9 @@ def contact_sheet(path, images, scores, pairs):
 
 def plot_curve(path, metrics):
     """A panel for each number of the last evaluation. metrics: the lines of metrics.jsonl."""
-    counters = ("split", "epoch", "step", "images", "seconds")
-    names = [name for name in metrics[-1] if name not in counters]
-    if metrics[-1]["reward"] == metrics[-1][names[1]]:
-        names.remove("reward")  # it is no sum
+    names = [name for name in metrics[-1] if name not in LOGGED]
+    if metrics[-1]["reward"] != metrics[-1][names[0]]:
+        names.insert(0, "reward")  # it is a sum
     columns = min(len(names), 3)
     chart = Image.new("RGB", (columns * 720, math.ceil(len(names) / columns) * 480), "white")
     for i, name in enumerate(names):

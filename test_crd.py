@@ -670,10 +670,18 @@ def test_held_out_rewards_are_logged_beside_the_trained_one(run, script):
     (ddpo, dict(images=96, group_size=12, guidance=1.0, micro_batch=96, clip=1e-2)),
 ])  # fmt: skip
 def test_a_short_run_raises_the_reward(run, monkeypatch, script, settings):
-    """Of held-out prompts. Here an image is its latents' mean, and the reward is that."""
-    monkeypatch.setattr(script, "decode", lambda pipe, x0: (4 * x0.mean((1, 2, 3))).sigmoid())
+    """Of held-out prompts. Here an image is a pixel, its latents' mean, and the reward is that."""
+
+    def decode(pipe, x0):
+        means = (4 * x0.mean((1, 2, 3))).sigmoid()
+        return [Image.new("F", (1, 1), mean) for mean in means.tolist()]
+
+    def score_batch(self, images, prompts):
+        return [image.getpixel((0, 0)) for image in images]
+
+    monkeypatch.setattr(script, "decode", decode)
     monkeypatch.setattr(rewards, "contact_sheet", lambda *args: None)
-    monkeypatch.setattr(rewards.Incompressibility, "score_batch", lambda self, x, prompts: x)
+    monkeypatch.setattr(rewards.Incompressibility, "score_batch", score_batch)
     settings |= dict(rank=8, alpha=16, lr=5e-3, height=16, width=16, eval_images=64, eval_every=9)
     lines = read_metrics(run(script, "run", 5, **settings))
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.1
@@ -1215,9 +1223,20 @@ def test_a_weighted_sum_logs_its_parts_unweighted():
     ("ocr@/a, b/tiny-sd3:2", [("ocr", "/a, b/tiny-sd3", 2)]),
     ("ocr@/a,b/c,color:-0.5", [("ocr", "/a,b/c", 1), ("color", None, -0.5)]),
     ("color:1e-3, mine.bright", [("color", None, 1e-3), ("mine.bright", None, 1)]),
+    ("my.Http@http://127.0.0.1:8000", [("my.Http", "http://127.0.0.1:8000", 1)]),
+    ("my.Http@https://a:1@[::1]:80,color:3",
+     [("my.Http", "https://a:1@[::1]:80", 1), ("color", None, 3)]),
+    ("my.Http@http://gpu7:8000:0.5", [("my.Http", "http://gpu7:8000", 0.5)]),
+    ("my.Http@http://gpu7:8000/a/b:2", [("my.Http", "http://gpu7:8000/a/b", 2)]),
 ])  # fmt: skip
-def test_a_path_may_have_commas_and_colons(spec, parsed):
+def test_a_path_may_have_commas_colons_and_a_port(spec, parsed):
     assert rewards.parse_spec(spec) == parsed
+
+
+@parametrize("spec", ["color:0", "compressibility,color:-0.0", "color:1e999", "color@"])
+def test_a_weight_that_makes_no_sense_is_refused(spec):
+    with pytest.raises(ValueError, match="a weight finite and not 0"):
+        rewards.parse_spec(spec)
 
 
 @pytest.fixture
@@ -1227,6 +1246,8 @@ def own(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
     Path("own_rewards.py").write_text("""
+import numpy
+import torch
 import rewards
 
 class Dark(rewards.Reward):
@@ -1236,19 +1257,115 @@ class Dark(rewards.Reward):
     def score_batch(self, images, prompts):
         return [-image.getpixel((0, 0))[0] for image in images]
 
+class Nameless(rewards.Reward):
+    def score_batch(self, images, prompts):
+        return [7] * len(images)
+
+class Usurper(Nameless):
+    name = "reward"
+
+class Detailed(rewards.Reward):
+    name = "detailed"
+
+    def score_all(self, images, prompts, metadata):
+        details = {"tensor": torch.tensor(0.5), "numpy": numpy.float64(0.25), "integer": 3}
+        return numpy.ones(len(images)), details
+
+class Other(Detailed):
+    name = "other"
+
+def shrink(images, prompts, metadata):
+    for image in images:
+        image.thumbnail((8, 8))
+    return [0] * len(images)
+
+def blacken(images, prompts, metadata):
+    for image in images:
+        image.paste("black", (0, 0, *image.size))
+    return [0] * len(images)
+
+def rename(images, prompts, metadata):
+    for entry in metadata:
+        entry.pop("tags").clear()
+    return [0] * len(images)
+
+def shorten(images, prompts, metadata):
+    prompts[:] = ["x"] * len(prompts)
+    return [0 for _ in iter(lambda: images.pop() if images else None, None)]
+
+def witness(images, prompts, metadata):
+    assert prompts == ["p", "q"] and metadata == [{"tags": ["a"]}, {"tags": ["b"]}]
+    return [image.width + len(images) for image in images]
+
 bright = lambda images, prompts, metadata: [image.getpixel((0, 0))[0] for image in images]
 bright.range = (0, 255)
+flat = lambda images, prompts, metadata: [0] * len(images)
+flat.range = (1, 1)
+falling = lambda images, prompts, metadata: [0] * len(images)
+falling.range = (2, 1)
+endless = lambda images, prompts, metadata: [0] * len(images)
+endless.range = (0, float("inf"))
 short = lambda images, prompts, metadata: [0.5]
 nan = lambda images, prompts, metadata: [float("nan")] * len(images)
 """)
 
 
 def test_ones_own_reward_is_a_function_or_a_class(own):
+    """Logged under its `name`, or as in the spec."""
     reward = rewards.load("own_rewards.bright:2,own_rewards.Dark", "cpu")
     assert reward.range == (0, 511)
     assert reward.score([FLAT], ["a"], [{}]) == (90, {"own_rewards.bright": 90, "dark": -90})
     assert rewards.default_prompts("own_rewards.Dark") == "signs"
     assert rewards.default_prompts("color,geneval:-1") == "geneval"
+    reward = rewards.load("own_rewards.Nameless,own_rewards.bright:0.5", "cpu")
+    R, values = reward.score([FLAT], ["a"], [{}])
+    assert values == {"own_rewards.Nameless": 7, "own_rewards.bright": 90}
+    assert R.item() == 52
+
+
+@parametrize("name", ["shrink", "blacken", "rename", "shorten"])
+def test_no_reward_changes_what_another_sees(own, name):
+    """Be it the images, their list, or the metadata; nor what the run shows afterwards."""
+    images = [noise_image(1), noise_image(2)]
+    metadata = [{"tags": ["a"]}, {"tags": ["b"]}]
+    spec = f"own_rewards.{name},own_rewards.witness,incompressibility"
+    _, values = rewards.load(spec, "cpu").score(images, ["p", "q"], metadata)
+    assert values["own_rewards.witness"] == 64 + 2
+    sizes = rewards.load("incompressibility", "cpu").score(images, ["p", "q"], metadata)
+    assert values["incompressibility"] == sizes[1]["incompressibility"]
+    assert images == [noise_image(1), noise_image(2)]
+    assert metadata == [{"tags": ["a"]}, {"tags": ["b"]}]
+
+
+def test_details_are_logged_as_floats(own):
+    """A run that logged a NumPy number could not be resumed."""
+    _, values = rewards.load("own_rewards.Detailed", "cpu").score([FLAT], ["a"], [{}])
+    assert values == {"detailed": 1.0, "tensor": 0.5, "numpy": 0.25, "integer": 3.0}
+    assert {type(value) for value in values.values()} == {float}
+
+
+@parametrize("name, value", [("epoch", 1), ("detailed", 1), ("part", float("nan"))])
+def test_details_that_cannot_be_logged_are_refused(own, monkeypatch, name, value):
+    """As they would overwrite a run's own numbers, or break its curve."""
+    reward = rewards.load("own_rewards.Detailed", "cpu")
+    monkeypatch.setattr(reward, "score_all", lambda *args: ([1], {name: value}))
+    with pytest.raises(RuntimeError, match=f"reward detailed failed: it cannot log .* '{name}'"):
+        scores_of(reward, [FLAT])
+
+
+@parametrize("name, message", [
+    ("flat", "its range has to ascend, not go from 1 to 1"), ("falling", "has to ascend"),
+    ("endless", "has to ascend"), ("Usurper", "under 'reward' a run logs something else"),
+])  # fmt: skip
+def test_a_reward_with_a_useless_range_or_name_is_refused(own, name, message):
+    with pytest.raises(ValueError, match=f"reward own_rewards.{name}: .*{message}"):
+        rewards.load(f"own_rewards.{name}", "cpu")
+
+
+def test_rewards_that_log_one_detail_are_told_apart(own):
+    reward = rewards.load("own_rewards.Detailed,own_rewards.Other", "cpu")
+    with pytest.raises(ValueError, match="two rewards log {.*tensor.*}"):
+        scores_of(reward, [FLAT])
 
 
 @parametrize("name", ["own_rewards.short", "own_rewards.nan", "color:2,own_rewards.nan"])
