@@ -527,6 +527,8 @@ def train(args):
     # Prompts, and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
+    if args.epochs:
+        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))  # if any is left
     rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
     if args.eval_rewards and RANK == 0:  # only process 0 evaluates
@@ -599,7 +601,7 @@ def train(args):
         generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Roll out: K images of each prompt with `sampler`, without guidance.
-        stream = rewards.prompts(source, "train", seed, whole_file=bool(args.eval_prompts))
+        stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
         pairs = list(itertools.islice(stream, N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
         noise = torch.randn(N, *shape, generator=generator, device=device)

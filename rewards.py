@@ -54,8 +54,8 @@ class Reward:
 
     @classmethod
     def missing(cls, what, prompt, metadata):
-        where = metadata.get("where", "a prompt")
-        return ValueError(f"{where}: reward {cls.name} cannot score {prompt!r}: it needs {what}")
+        origin = metadata.get("origin", "a prompt")
+        return ValueError(f"{origin}: reward {cls.name} cannot score {prompt!r}: it needs {what}")
 
     def score_batch(self, images, prompts):
         """Scores of at most `batch` images, as a list or tensor."""
@@ -922,7 +922,8 @@ computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, boo
 scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
 COLORS = "red orange yellow green blue purple pink brown black white".split()
 RELATIONS = ("left of", "right of", "above", "below")
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# With Flow-GRPO's shares in training (Liu et al. 2025, arXiv 2505.05470).
+TASKS = dict(single_object=0, two_object=1, counting=5, colors=1, position=7, color_attr=3)
 
 
 @dataclass
@@ -992,9 +993,10 @@ class GenEval(Reward):
             size = multiples_of_32([image.height * scale, image.width * scale])
             inputs.append(standardize(to_pixels(image, self.device), size, self.mean, self.std))
         found = []
-        for image, entry, logits in zip(images, metadata, in_batches(self.logits, inputs)):
+        outputs = in_batches(self.logits, inputs)
+        for image, entry, x, logits in zip(images, metadata, inputs, outputs):
             threshold = 0.9 if entry["tag"] == "counting" else self.threshold
-            objects = instances(*logits, (image.height, image.width), threshold)
+            objects = instances(*logits, (image.height, image.width), threshold, x.shape[1:])
             for wanted in entry["include"]:
                 if "color" in wanted and wanted["class"] in objects:
                     self.name_colors(image, wanted["class"], objects[wanted["class"]])
@@ -1033,10 +1035,11 @@ class Mask2Former(transformers.Mask2FormerForUniversalSegmentation):
         self.post_init()
 
 
-def instances(class_logits, mask_logits, size, threshold):
+def instances(class_logits, mask_logits, size, threshold, input_size=None):
     """{class: [Detection, best first]} in an image of `size` (height, width), from class_logits
-    (Q, 81), the last for no object, and mask_logits (Q, h, w). One query may have several classes
-    (arXiv 2112.01527). At most 16 of a class, as in the benchmark."""
+    (Q, 81), the last for no object, and mask_logits (Q, h, w), which are enlarged to the detector's
+    input first, as in mmdet. One query may have several classes (arXiv 2112.01527). At most 16 of
+    a class, as in the benchmark."""
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     queries, classes = probabilities.shape
     scores, index = probabilities.flatten().topk(queries)
@@ -1044,7 +1047,10 @@ def instances(class_logits, mask_logits, size, threshold):
     scores = scores[scores > threshold]
     if not len(index):
         return {}
-    logits = F.interpolate(mask_logits[None, index // classes].float(), size, mode="bilinear")[0]
+    logits = mask_logits[None, index // classes].float()
+    for size in (input_size or size, size):
+        logits = F.interpolate(logits, size, mode="bilinear")
+    logits = logits[0]
     masks = logits > 0
     scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
     objects = {}
@@ -1133,34 +1139,68 @@ def held_out(text):
     return zlib.crc32(text.encode()) % 8 == 0
 
 
-def prompts(source, split, seed=0, whole_file=False):
+def subjects(prompt, metadata):
+    """What a prompt asks for, in any order: its text and, by GenEval's metadata, its objects."""
+    start = "a photo of " if prompt.startswith("a photo of ") else ""
+    texts = [start + " and ".join(sorted(prompt.removeprefix(start).split(" and ")))]
+    if metadata.get("tag") in TASKS:
+        objects = []
+        for x in metadata.get("include", []):
+            words = [str(x[key]) for key in ("count", "color", "class") if key in x]
+            objects.append(" ".join(words))
+        texts.append(f"{metadata['tag']}: {' and '.join(sorted(objects))}")
+    return texts
+
+
+def prompts(source, split, seed=0, eval_file=None):
     """Pairs (prompt, metadata) of a generator in `PROMPTS`, or of a .txt or .jsonl file. "train":
     without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
     None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
-    on, unless all of a file is asked for."""
+    on, nor the same objects in another order. With an `eval_file`, no prompt of that file is, and
+    of another file all that are not in it."""
     if split == "train":
-        return endless(source, split, random.Random(seed), whole_file)
+        return endless(source, split, random.Random(seed), eval_file)
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
     pairs = itertools.islice(endless(source, split, random.Random(0)), 2048)
     return list(dict(pairs).items())[:512]
 
 
-def endless(source, split, rng, whole_file=False):
-    if source in PROMPTS:  # a generator yields prompts, or pairs
-        for item in PROMPTS[source](split, rng):
+def endless(source, split, rng, eval_file=None):
+    excluded = set()
+    if eval_file:
+        excluded.update(*(subjects(*pair) for pair in read_prompts(eval_file)))
+    if source in PROMPTS:
+        tag = None
+        rejected = 0  # in a row
+        for item in PROMPTS[source](split, rng):  # prompts, or pairs
             prompt, metadata = (item, {}) if isinstance(item, str) else item
-            yield prompt, {**metadata, "where": f"prompt generator {source}"}
-    pairs = read_prompts(source)
-    if not whole_file:
-        pairs = [pair for pair in pairs if held_out(pair[0]) == (split == "eval")]
+            if rejected and metadata.get("tag") != tag:
+                continue  # the next one has a rejected one's tag, or the mixture would change
+            tag = metadata.get("tag")
+            if excluded.isdisjoint(subjects(prompt, metadata)):
+                rejected = 0
+                yield prompt, {"origin": f"prompt generator {source}", **metadata}
+            else:
+                rejected += 1
+                if rejected == 10_000:
+                    raise ValueError(f"nothing of {source} is left to train on: see {eval_file}")
+    pairs = []
+    for pair in read_prompts(source):
+        is_held_out = held_out(subjects(*pair)[-1])
+        if eval_file:
+            is_held_out = not excluded.isdisjoint(subjects(*pair))
+        if is_held_out == (split == "eval"):
+            pairs.append(pair)
     if not pairs:
-        raise ValueError(f"{source} has no prompt for {split}: one in eight is for evaluation")
+        kept = f"all of {eval_file}" if eval_file else "one in eight"
+        raise ValueError(f"{source} has no prompt for {split}: {kept} is for evaluation")
     while True:
         yield from rng.sample(pairs, len(pairs))
 
 
 def read_prompts(source):
-    """All pairs (prompt, metadata) of a file, or a generator's evaluation list."""
+    """All pairs (prompt, metadata) of a file, or a generator's evaluation list. Metadata are the
+    fields of a .jsonl's line, and `origin`, file and line, if no field is called so."""
     if source in PROMPTS:
         return prompts(source, "eval")
     path = Path(source)
@@ -1172,7 +1212,7 @@ def read_prompts(source):
             is_json = path.suffix == ".jsonl"
             metadata = json.loads(line, object_hook=drop_nulls) if is_json else {"prompt": line}
             prompt = metadata.pop("prompt").strip()
-            pairs.append((prompt, {**metadata, "where": f"{source}, line {number}"}))
+            pairs.append((prompt, {"origin": f"{source}, line {number}", **metadata}))
     return pairs
 
 
@@ -1255,34 +1295,40 @@ def activity_prompts(split, rng):
 
 
 def geneval_prompts(split, rng):
-    """GenEval's six tasks in turn over COCO's 80 classes, with metadata as in its files."""
+    """GenEval's six tasks over COCO's 80 classes, with metadata as in its files: for evaluation in
+    turn, for training by their shares."""
     tasks = itertools.cycle(TASKS)
-    task = next(tasks)
-    while True:
-        a, b = rng.sample(CLASSES[1:] if "color" in task else CLASSES, 2)  # no person is green
-        first = {"class": a, "count": 1}
-        second = {"class": b, "count": 1}
-        count = rng.randint(2, 4)
-        color, other_color = rng.sample(COLORS, 2)
-        relation = rng.choice(RELATIONS)
-        include = {
-            "single_object": [first],
-            "two_object": [first, second],
-            "counting": [{**first, "count": count}],
-            "colors": [{**first, "color": color}],
-            "position": [second, {**first, "position": [relation, 0]}],
-            "color_attr": [{**first, "color": color}, {**second, "color": other_color}],
-        }[task]
-        parts = [phrase(x["class"], x["count"], x.get("color")) for x in include]
-        if task == "position":
-            parts = [f"{parts[1]} {relation} {parts[0]}"]
-        # The order of the objects does not count (Flow-GRPO, Liu et al. 2025).
-        if held_out(" and ".join(sorted(parts))) == (split == "eval"):
-            metadata = {"tag": task, "include": include}
-            if task == "counting":
-                metadata["exclude"] = [{"class": a, "count": count + 1}]
-            yield f"a photo of {' and '.join(parts)}", metadata
-            task = next(tasks)
+    if split == "train":
+        tasks = (rng.choices(list(TASKS), TASKS.values())[0] for _ in itertools.count())
+    for task in tasks:
+        prompt, metadata = geneval_prompt(task, rng)
+        while held_out(subjects(prompt, metadata)[-1]) != (split == "eval"):
+            prompt, metadata = geneval_prompt(task, rng)
+        yield prompt, metadata
+
+
+def geneval_prompt(task, rng):
+    a, b = rng.sample(CLASSES[1:] if "color" in task else CLASSES, 2)  # no person is green
+    first = {"class": a, "count": 1}
+    second = {"class": b, "count": 1}
+    count = rng.randint(2, 4)
+    color, other_color = rng.sample(COLORS, 2)
+    relation = rng.choice(RELATIONS)
+    include = {
+        "single_object": [first],
+        "two_object": [first, second],
+        "counting": [{**first, "count": count}],
+        "colors": [{**first, "color": color}],
+        "position": [second, {**first, "position": [relation, 0]}],
+        "color_attr": [{**first, "color": color}, {**second, "color": other_color}],
+    }[task]
+    parts = [phrase(x["class"], x["count"], x.get("color")) for x in include]
+    if task == "position":
+        parts = [f"{parts[1]} {relation} {parts[0]}"]
+    metadata = {"tag": task, "include": include}
+    if task == "counting":
+        metadata["exclude"] = [{"class": a, "count": count + 1}]
+    return f"a photo of {' and '.join(parts)}", metadata
 
 
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep"}

@@ -901,6 +901,7 @@ def test_presets_are_the_papers_and_flags_override_them(script, flags, expected)
     (dict(model="some/repo", device=None), "--preset tiny"),
     (dict(reward=f"ocr@{TINY}", prompts="animals"), "prompt generator animals: .* quotes"),
     (dict(reward="color", prompts="words.txt"), "words.txt, line 3: .*color.*'a sign'.* red,"),
+    (dict(prompts="words.txt", eval_prompts="words.txt"), "words.txt has no prompt for train: all"),
     (dict(group_size=3), "--group-size"),
     (dict(name="taken"), "runs/taken exists: --resume it"),
 ])  # fmt: skip
@@ -1418,17 +1419,79 @@ def test_each_line_of_a_file_is_for_training_or_for_evaluation(tmp_path):
     few = rewards.held_out_prompts(source, 40)  # a short list comes again
     assert [prompt for prompt, _ in few] == (held_out * 40)[:40]
     assert len(rewards.held_out_prompts("signs", 2, file=source)) == 40
-    stream = rewards.prompts(source, "train", whole_file=True)
-    assert {prompt for prompt, _ in itertools.islice(stream, 40)} == words
 
 
-def test_null_is_absent_in_a_prompt_file(tmp_path):
-    """As data set exports write the metadata of GenEval."""
+def want(name, count=1, **more):
+    return {"class": name, "count": count, **more}
+
+
+def geneval_line(prompt, tag, *include):
+    return json.dumps({"prompt": prompt, "tag": tag, "include": include})
+
+
+HELD_OUT = [
+    geneval_line("a photo of a tie and a bench", "two_object", want("tie"), want("bench")),
+    geneval_line("a photo of a skis", "single_object", want("skis")),
+    geneval_line("a photo of a cat above a dog", "position", want("dog"),
+                 want("cat", position=["above", 0])),
+]  # fmt: skip
+SAME = [
+    geneval_line("a bench, a tie", "two_object", want("bench"), want("tie")),
+    "a photo of a bench and a tie", "a photo of a skis",
+    geneval_line("a photo of a pair of skis", "single_object", want("skis")),
+    geneval_line("a photo of a dog below a cat", "position", want("cat"),
+                 want("dog", position=["below", 0])),
+]  # fmt: skip
+OTHER = [
+    geneval_line("a photo of a bench", "single_object", want("bench")),
+    geneval_line("a photo of a red tie and a bench", "color_attr", want("tie", color="red"),
+                 want("bench", color="blue")),
+    geneval_line("a photo of two skis", "counting", want("skis", 2)),
+    "a photo of a tie",
+]  # fmt: skip
+
+
+def test_nothing_in_an_evaluation_file_is_trained_on(tmp_path):
+    """In any wording and order; all else in a file of training prompts is."""
+    held_out, train = (tmp_path / name for name in ("held-out.jsonl", "train.jsonl"))
+    held_out.write_text("\n".join(HELD_OUT))
+    lines = [x if x[0] == "{" else json.dumps({"prompt": x}) for x in SAME + OTHER]
+    train.write_text("\n".join(lines))
+    stream = rewards.prompts(str(train), "train", eval_file=str(held_out))
+    rest = {json.loads(line)["prompt"] for line in lines[len(SAME) :]}
+    assert {prompt for prompt, _ in itertools.islice(stream, 40)} == rest
+    stream = rewards.prompts(str(held_out), "train", eval_file=str(held_out))
+    with pytest.raises(ValueError, match="held-out.jsonl has no prompt for train: all of"):
+        next(stream)
+
+
+def test_generators_leave_out_an_evaluation_file_and_keep_their_mixture(tmp_path):
+    """Here a file of half of what there is to count. If all is left out, nothing can be drawn."""
+    path = tmp_path / "held-out.jsonl"
+    lines = []
+    for name, count in itertools.product(rewards.CLASSES[::2], (2, 3, 4)):
+        lines.append(geneval_line(f"{count} of {name}", "counting", want(name, count)))
+    path.write_text("\n".join(lines))
+    stream = rewards.prompts("geneval", "train", eval_file=str(path))
+    entries = [entry for _, entry in itertools.islice(stream, 4000)]
+    counted = [x["include"][0]["class"] for x in entries if x["tag"] == "counting"]
+    assert set(counted) <= set(rewards.CLASSES[1::2])
+    assert len(counted) / 4000 == pytest.approx(5 / 17, abs=0.03)
+    animals = tmp_path / "animals.txt"
+    animals.write_text("\n".join(rewards.phrase(animal) for animal in rewards.ANIMALS))
+    with pytest.raises(ValueError, match="nothing of animals is left to train on: see .*txt"):
+        next(rewards.prompts("animals", "train", eval_file=str(animals)))
+
+
+def test_fields_of_a_prompt_file_are_metadata(tmp_path):
+    """Whatever they are called; null is absent, as data set exports write GenEval's."""
     path = tmp_path / "prompts.jsonl"
-    cats = '{"prompt": "a", "exclude": null, "include": [{"class": "cat", "color": null}]}'
-    path.write_text(cats)
-    metadata = {"include": [{"class": "cat"}], "where": f"{path}, line 1"}
+    fields = {"include": [{"class": "cat", "color": None}], "exclude": None, "where": "home"}
+    path.write_text(json.dumps({"prompt": "a", **fields}))
+    metadata = {"include": [{"class": "cat"}], "where": "home", "origin": f"{path}, line 1"}
     assert rewards.read_prompts(path) == [("a", metadata)]
+    path.write_text(json.dumps({"prompt": "a", "origin": "Paris"}))
+    assert rewards.read_prompts(path) == [("a", {"origin": "Paris"})]
 
 
 # Rewards that are models
@@ -1529,6 +1592,7 @@ def renamed(model, names):
 def small(tmp_path_factory):
     """small(name): a reward, with a small model of its kind and its constants scaled down."""
     root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "tokenizer")  # a token a letter
     tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
@@ -1729,10 +1793,6 @@ def detected(words):
     return objects
 
 
-def want(name, count=1, **more):
-    return {"class": name, "count": count, **more}
-
-
 CAT = [want("cat")]
 BOTH = [want("cat"), want("dog")]
 CATS = [want("cat", 3)]
@@ -1800,6 +1860,21 @@ def test_a_detections_score_is_class_times_mean_mask_probability(small):
     assert rewards.instances(classes, masks, (8, 16), 0.3)["dog"]
 
 
+def test_masks_are_enlarged_to_the_detectors_input_and_then_to_the_image(small):
+    """As in mmdet; in one step, the edge is elsewhere."""
+    classes = torch.full((1, 81), -9.0)
+    classes[0, 15] = 9.0
+    masks = 4 * randn(1, 8, 16)
+    expected = masks[None]
+    for size in ((64, 128), (20, 40)):
+        expected = torch.nn.functional.interpolate(expected, size, mode="bilinear")
+    reward = small("geneval")
+    reward.shortest, reward.longest = 64, 128
+    reward.logits = lambda pixels: [(classes, masks)]
+    (objects,) = reward.detect([noise_image(size=(40, 20))], [{"tag": "colors", "include": []}])
+    assert torch.equal(objects["cat"][0].mask, expected[0, 0] > 0)
+
+
 def test_an_objects_color_is_that_of_its_pixels_on_gray(small):
     """Here, to CLIP, a text is its color, and an image that of its second pixel."""
     reward = small("geneval")
@@ -1842,11 +1917,16 @@ def test_metadata_that_geneval_cannot_score_is_refused(wrong):
 
 
 def test_genevals_prompts_say_what_their_metadata_says():
-    """They reach every task and class, and are English."""
-    pairs = list(itertools.islice(rewards.prompts("geneval", "train"), 3000))
-    assert {entry["tag"] for _, entry in pairs[:6]} == set(rewards.TASKS)
+    """They reach every class, and are English: for evaluation all tasks in turn, for training in
+    Flow-GRPO's mixture."""
+    held_out = rewards.prompts("geneval", "eval")
+    assert [entry["tag"] for _, entry in held_out[:6]] == list(rewards.TASKS)
+    pairs = list(itertools.islice(rewards.prompts("geneval", "train"), 4000))
+    for task, share in zip(rewards.TASKS, (0, 1, 5, 1, 7, 3)):
+        found = sum(entry["tag"] == task for _, entry in pairs) / len(pairs)
+        assert found == pytest.approx(share / 17, abs=0.03)
     assert {entry["include"][0]["class"] for _, entry in pairs} == set(rewards.CLASSES)
-    for prompt, entry in pairs:
+    for prompt, entry in pairs + held_out:
         rewards.GenEval.check(prompt, entry)
         wanted = entry["include"][-1]
         number = ["a", "two", "three", "four"][wanted["count"] - 1]
