@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import zlib
 from dataclasses import asdict
@@ -492,8 +493,18 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 OWN = """
+import rewards
+
 def bright(images, prompts, metadata):
     return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+
+def red(images, prompts, metadata):
+    return [rewards.to_pixels(image, "cpu")[0].mean() / 255 for image in images]
+
+def left(images, prompts, metadata):
+    return [rewards.to_pixels(x, "cpu")[:, :, : x.width // 2].mean() / 255 for x in images]
+
+red.range = (0.2, 0.9)
 """
 
 
@@ -620,6 +631,102 @@ def test_two_processes_stay_identical_and_finish(run, script):
     assert [line["epoch"] for line in lines] == [0, 1, 2, 2]
     assert lines[-1]["images"] == 2 * 8
     assert lines[1]["reward"] == pytest.approx(lines[1]["incompressibility"])
+
+
+# Two epochs of each algorithm, at settings that all matter: no weight is 1 and none 0, updates have
+# a share of the images and two micro-batches of two sizes, and gradients and ratios are clipped.
+# `python -m pytest -q -s -k golden test_crd.py` prints them anew; three digits hold on any CPU.
+GOLDEN = """
+crd: eval 0 reward 1.231 own.red 0.4104 own.left 0.4101
+crd: train 1 reward 1.118 own.red 0.3523 own.left 0.4134 crd_loss 0.004714 loss 0.38 anchor_loss
+    0.3422 grad_norm 1.077 rho_std 0.03811
+crd: eval 1 reward 1.371 own.red 0.4603 own.left 0.4509
+crd: train 2 reward 1.39 own.red 0.4537 own.left 0.4824 crd_loss 0.007394 loss 0.4834 anchor_loss
+    0.4243 grad_norm 1.786 rho_std 0.03272
+crd: eval 2 reward 1.358 own.red 0.4565 own.left 0.4454
+ddpo is: eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
+ddpo is: train 1 reward 1.065 own.red 0.3229 own.left 0.4188 first_ratio_error 0 loss 0.006436
+    approx_kl 0.0009204 clip_fraction 0.25 ratio_error 0.02084 grad_norm 0.4835
+ddpo is: eval 1 reward 1.247 own.red 0.4155 own.left 0.4156
+ddpo is: train 2 reward 1.276 own.red 0.4108 own.left 0.4548 first_ratio_error 0 loss 0.002229
+    approx_kl 0.0001769 clip_fraction 0.1667 ratio_error 0.009682 grad_norm 0.423
+ddpo is: eval 2 reward 1.255 own.red 0.4171 own.left 0.4204
+ddpo sf: eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
+ddpo sf: train 1 reward 1.065 own.red 0.3232 own.left 0.4189 first_ratio_error 0 loss -0.0008543
+    approx_kl 0 clip_fraction 0 ratio_error 0 grad_norm 0.2539
+ddpo sf: eval 1 reward 1.232 own.red 0.4106 own.left 0.4104
+ddpo sf: train 2 reward 1.273 own.red 0.4105 own.left 0.4517 first_ratio_error 0 loss -0.002769
+    approx_kl 0 clip_fraction 0 ratio_error 0 grad_norm 0.2443
+ddpo sf: eval 2 reward 1.231 own.red 0.4109 own.left 0.4097
+ddpo is, DDIM: eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
+ddpo is, DDIM: train 1 reward 1.391 own.red 0.4621 own.left 0.4671 first_ratio_error 0 loss
+    0.02698 approx_kl 0.01073 clip_fraction 0.3333 ratio_error 0.06797 grad_norm 3.513
+ddpo is, DDIM: eval 1 reward 1.397 own.red 0.4631 own.left 0.4705
+ddpo is, DDIM: train 2 reward 1.394 own.red 0.4628 own.left 0.4686 first_ratio_error 0 loss
+    0.007135 approx_kl 0.0008053 clip_fraction 0.3056 ratio_error 0.01992 grad_norm 2.868
+ddpo is, DDIM: eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
+ddpo rwr, DDIM: eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
+ddpo rwr, DDIM: train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 1.146 grad_norm 0.07874
+ddpo rwr, DDIM: eval 1 reward 1.397 own.red 0.4631 own.left 0.4704
+ddpo rwr, DDIM: train 2 reward 1.394 own.red 0.4628 own.left 0.4685 loss 1.13 grad_norm 0.06599
+ddpo rwr, DDIM: eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
+ddpo rwr-sparse: eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
+ddpo rwr-sparse: train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.3807 grad_norm 0.3323
+ddpo rwr-sparse: eval 1 reward 1.251 own.red 0.416 own.left 0.4191
+ddpo rwr-sparse: train 2 reward 1.285 own.red 0.4128 own.left 0.4595 loss 0.4675 grad_norm 0.3802
+ddpo rwr-sparse: eval 2 reward 1.26 own.red 0.4177 own.left 0.4245
+"""
+
+
+def golden_settings(sd1):
+    """{name: (script, settings)}"""
+    both = dict(
+        prompts="signs", reward="own.red:2,own.left", rank=3, alpha=5, ema=0.6, seed=1,
+        eval_images=4, eval_every=1, micro_batch=4, group_size=2,
+    )  # fmt: skip
+    both_ddpo = both | dict(
+        images=12, updates=2, steps=4, deterministic_steps=1, guidance=2.0, lr=2e-3, clip=0.02,
+        noise_level=0.1, eta=0.1, stat_min=2,
+    )  # fmt: skip
+    unet = both_ddpo | sd1 | dict(prompts="animals")
+    return {
+        "crd": (crd, both | dict(
+            groups=6, steps_per_epoch=2, rollout_steps=4, train_timesteps=3, beta=0.7, tau=0.3,
+            reward_weight=8.0, anchor=3.0, anchor_guidance=2.0, lr=0.02, eval_steps=3,
+            old_decay=[1, 0.2, 0.3, 0.9], sampler_decay=[0, 0.1, 0.05, 0.5], eval_guidance=1.5,
+        )),
+        "ddpo is": (ddpo, both_ddpo),
+        "ddpo sf": (ddpo, both_ddpo | dict(algorithm="sf", updates=1, micro_batch=8)),
+        "ddpo is, DDIM": (ddpo, unet),
+        "ddpo rwr, DDIM": (ddpo, unet | dict(algorithm="rwr")),
+        "ddpo rwr-sparse": (ddpo, both_ddpo | dict(algorithm="rwr-sparse")),
+    }  # fmt: skip
+
+
+def golden_lines(folder, name):
+    """A line for each of a run's metrics: `name: train 1 reward 0.1234 ...`."""
+    lines = []
+    for line in read_metrics(folder):
+        numbers = [f"{key} {line[key]:.4g}" for key in line if key not in rewards.LOGGED[:4]]
+        line = f"{name}: {line['split']} {line['epoch']} {' '.join(numbers)}"
+        lines.append(textwrap.fill(line, 98, subsequent_indent="    ", break_on_hyphens=False))
+    return lines
+
+
+def test_the_golden_runs_give_their_numbers(run, sd1):
+    """Whatever a mistake in `train` changes, it changes some of these."""
+    lines = []
+    for name, (script, settings) in golden_settings(sd1).items():
+        lines += golden_lines(run(script, name, 2, **settings), name)
+    print("", *lines, sep="\n")
+    words = " ".join(lines).split()
+    where = ""
+    for word, expected in zip(words, GOLDEN.split(), strict=True):
+        if re.fullmatch(r"-?[\d.]+(e-\d+)?", expected):
+            assert float(word) == pytest.approx(float(expected), rel=1e-3, abs=1e-7), where
+        else:
+            assert word == expected, where
+        where = f"{where} {word}" if word not in ("crd:", "ddpo") else word
 
 
 def test_rollouts_use_sampler_and_evaluations_ema(run, monkeypatch):
@@ -2053,3 +2160,4 @@ def test_the_pages_say_what_the_large_runs_compute():
             minutes = tflop * images / (0.4 * peak) / 60
             cells.append(f"{minutes:.1f}, {minutes * epochs / 60 / 24:.1f}")
         assert f"| {' | '.join(cells)} |" in page
+
