@@ -250,11 +250,11 @@ def test_the_objective_is_the_regression_plus_the_anchor(reward_weight, anchor):
     def predict(x, sigma, adapter, guidance=1.0):
         return x * guidance + shift[adapter]
 
-    args = crd.Settings(group_size=4, reward_weight=reward_weight, anchor=anchor)
+    args = crd.Settings(group_size=4, reward_weight=reward_weight, anchor=anchor, beta=0.7, tau=0.2)
     sigma = torch.tensor(0.7, dtype=torch.float64)
     terms = crd.objective(predict, x0, noise, sigma, TARGETS, R, args)
     rho = crd.implicit_reward(x + 0.1, x + 0.2, noise - x0)
-    expected = reward_weight * crd.crd_loss(rho, TARGETS, 4)
+    expected = reward_weight * crd.crd_loss(rho, TARGETS, 4, beta=0.7, tau=0.2)
     if anchor:
         expected += crd.anchor_loss(x + 0.1, 4.5 * x + 0.5, R, anchor)
     assert_close(terms["loss"], expected)
@@ -579,8 +579,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, sd1, script, setti
         del state["progress"]["seconds"], state["metrics"]
     assert_close(*states, rtol=0, atol=0)
     assert read_metrics(stopped) == read_metrics(straight)
-    errors = [line.get("first_ratio_error", 0) for line in read_metrics(straight)]
-    assert errors == [0] * 5
+    if script is ddpo and not settings.get("algorithm", "is").startswith("rwr"):
+        trained = [line for line in read_metrics(straight) if line["split"] == "train"]
+        assert [line["first_ratio_error"] for line in trained] == [0, 0]
 
 
 SCRIPT = """
@@ -616,8 +617,9 @@ script.train(test_crd.short(script, name="two", epochs=2, **{settings}))
 
 @in_both_scripts
 def test_two_processes_stay_identical_and_finish(run, script):
-    """Each learns from the rewards of its own images, with the mean of both gradients."""
-    settings = dict(groups=4) if script is crd else dict(updates=1)
+    """Each draws its own images and learns from their rewards, with the mean of both gradients. All
+    rewards together decide their advantages."""
+    settings = dict(groups=4) if script is crd else dict(updates=1, stat_min=32)
     loss, A = ("crd_loss", 1) if script is crd else ("importance_sampling_loss", 2)
     names = {"path": str(TINY.parent), "name": script.__name__, "loss": loss, "A": A}
     Path("both.py").write_text(SCRIPT.format(**names, settings=settings))
@@ -625,12 +627,18 @@ def test_two_processes_stay_identical_and_finish(run, script):
     subprocess.run([*torchrun, "--nproc-per-node=2", "both.py"], check=True)
     first, second = (torch.load(f"seen-{rank}.pt") for rank in (0, 1))
     assert_close(first[0], second[0], rtol=0, atol=0)
-    for _, (R, A, *_) in (first, second):
-        assert (R.view(-1, 2).diff() * A.view(-1, 2).diff() > 0).all()
+    R = torch.cat([first[1][0], second[1][0]])
+    assert len(set(R.tolist())) == len(R) == 8
+    if script is crd:
+        expected = crd.reward_targets(R, 2)
+    else:
+        expected = (R - R.mean()) / (R.std(correction=0) + 1e-6)
+    assert_close(torch.cat([first[1][1], second[1][1]]), expected)
     lines = read_metrics(Path("runs/two"))
     assert [line["epoch"] for line in lines] == [0, 1, 2, 2]
     assert lines[-1]["images"] == 2 * 8
-    assert lines[1]["reward"] == pytest.approx(lines[1]["incompressibility"])
+    assert lines[-2]["reward"] == pytest.approx(R.mean().item())
+    assert lines[-2]["incompressibility"] == pytest.approx(R.mean().item())
 
 
 # Two epochs of each algorithm, at settings that all matter: no weight is 1 and none 0, updates have
@@ -729,11 +737,176 @@ def test_the_golden_runs_give_their_numbers(run, sd1):
         where = f"{where} {word}" if word not in ("crd:", "ddpo") else word
 
 
-def test_rollouts_use_sampler_and_evaluations_ema(run, monkeypatch):
-    generate = Mock(wraps=crd.generate)
-    monkeypatch.setattr(crd, "generate", generate)
-    run(crd, "run", 1)
-    assert [call.args[4] for call in generate.call_args_list] == ["ema", "sampler", "ema"]
+TRACED = dict(
+    reward="own.red", groups=6, group_size=4, steps_per_epoch=2, micro_batch=8, rollout_steps=4,
+    train_timesteps=3, eval_steps=3, eval_guidance=1.5, eval_images=2, eval_every=1, anchor=0.3,
+    old_decay=[1, 0.2, 0.3, 0.9], sampler_decay=[0, 0.1, 0.05, 0.5],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """Two epochs of CRD, of 2 updates of 3 groups of 4 images: what was called, in order."""
+    events = []
+
+    def spy(function, names):
+        def spied(*args, **options):
+            bound = inspect.signature(function).bind(*args, **options)
+            bound.apply_defaults()
+            event = {"function": function.__name__}
+            for name in names:
+                x = bound.arguments[name]
+                event[name] = x.clone() if isinstance(x, torch.Tensor) else x
+            events.append(event)
+            event["result"] = function(*args, **options)
+            return event["result"]
+
+        return spied
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trace"))
+        patch.setattr(sys, "path", list(sys.path))
+        patch.delitem(sys.modules, "own", raising=False)
+        Path("own.py").write_text(OWN)
+        generate = "adapter noise cond steps guidance".split()
+        objective = "x0 noise sigma targets normalized_reward".split()
+        for name, arguments in (("generate", generate), ("objective", objective),
+                                ("ema_update", ["name", "decay"]), ("reward_targets", ["R"])):  # fmt: skip
+            patch.setattr(crd, name, spy(getattr(crd, name), arguments))
+        crd.train(short(crd, name="trace", epochs=2, **TRACED))
+    patch.undo()
+    return events
+
+
+def called(trace, name):
+    return [event for event in trace if event["function"] == name]
+
+
+def epochs_of(trace):
+    """For each epoch its rollout, and for each of its two updates the calls of `objective`."""
+    rollouts = [event for event in called(trace, "generate") if event["adapter"] == "sampler"]
+    calls = called(trace, "objective")
+    count = 3 * 2  # sigmas and micro-batches
+    for epoch, rollout in enumerate(rollouts):
+        updates = [calls[i : i + count] for i in (2 * epoch * count, (2 * epoch + 1) * count)]
+        yield rollout, updates
+
+
+def test_rollouts_and_evaluations_have_their_own_steps_guidance_and_adapter(trace):
+    found = [(x["adapter"], x["steps"], x["guidance"]) for x in called(trace, "generate")]
+    assert found == [("ema", 3, 1.5)] + [("sampler", 4, 1.0), ("ema", 3, 1.5)] * 2
+
+
+def test_images_side_by_side_are_of_one_prompt(trace):
+    for rollout, _ in epochs_of(trace):
+        for part in rollout["cond"]:
+            groups = part.flatten(1).view(6, 4, -1)
+            assert torch.equal(groups, groups[:, :1].expand_as(groups))
+        assert len({tuple(group[0].tolist()) for group in groups}) > 3
+
+
+def test_noise_is_fresh_except_in_evaluations(trace):
+    first, *later = [x["noise"] for x in called(trace, "generate") if x["adapter"] == "ema"]
+    assert all(torch.equal(first, noise) for noise in later)
+    noises = [x["noise"] for x in called(trace, "generate") if x["adapter"] == "sampler"]
+    noises += [x["noise"] for x in called(trace, "objective")]
+    images = torch.cat(noises).flatten(1)
+    assert len(images.unique(dim=0)) == len(images) == 2 * (24 + 3 * 24)
+
+
+def test_every_update_trains_on_its_share_once_at_each_of_three_sigmas(trace):
+    schedule = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(TINY / "scheduler")
+    schedule.set_timesteps(4)
+    drawn = []
+    for rollout, updates in epochs_of(trace):
+        for share, calls in zip(rollout["result"].split(12), updates):
+            assert [len(x["x0"]) for x in calls] == [8, 4] * 3
+            for i in range(0, 6, 2):
+                assert torch.equal(torch.cat([x["x0"] for x in calls[i : i + 2]]), share)
+                assert calls[i]["sigma"] == calls[i + 1]["sigma"]
+            drawn.append([x["sigma"].item() for x in calls[::2]])
+            assert len(set(drawn[-1])) == 3
+            assert set(drawn[-1]) <= set(schedule.sigmas[:-1].tolist())
+    assert len({tuple(sigmas) for sigmas in drawn}) > 1  # in another order, at least
+
+
+def test_images_are_trained_with_their_own_rewards(trace):
+    """Those of all groups decide the standard deviation."""
+    for (_, updates), scored in zip(epochs_of(trace), called(trace, "reward_targets")):
+        targets = crd.reward_targets(scored["R"], 4)
+        n = ((scored["R"] - 0.2) / 0.7).clamp(0, 1)
+        for i, calls in enumerate(updates):
+            rows = slice(12 * i, 12 * i + 12)
+            assert_close(torch.cat([x["targets"] for x in calls[:2]]), targets[rows])
+            assert_close(torch.cat([x["normalized_reward"] for x in calls[:2]]), n[rows])
+
+
+def test_a_constant_anchor_is_at_full_strength_for_every_image(run, monkeypatch):
+    objective = Mock(wraps=crd.objective)
+    monkeypatch.setattr(crd, "objective", objective)
+    run(crd, "run", 1, anchor_adaptive=False)
+    assert all((call.args[5] == 1).all() for call in objective.call_args_list)
+
+
+def test_emas_follow_the_policy_each_at_its_time(trace):
+    """`ema` after every step, warming up; `old` and `sampler` once an epoch, by its last step."""
+    found = [(x["name"], x["decay"]) for x in called(trace, "ema_update")]
+    expected = []
+    for epoch in (1, 2):
+        for step in (2 * epoch - 1, 2 * epoch):
+            expected.append(("ema", min(0.97, (1 + step) / (10 + step))))
+        expected.append(("old", crd.ema_decay(2 * epoch, *TRACED["old_decay"])))
+        expected.append(("sampler", crd.ema_decay(2 * epoch, *TRACED["sampler_decay"])))
+    assert found == [(name, pytest.approx(decay)) for name, decay in expected]
+
+
+def test_a_micro_batch_changes_memory_and_nothing_else(run):
+    """Of 12 images an update, in one piece or in two of different sizes."""
+    settings = dict(groups=6, group_size=4, steps_per_epoch=2, anchor=0.3, reward="own.red")
+    whole, pieces = (
+        read_metrics(run(crd, f"of {size}", 1, micro_batch=size, **settings)) for size in (12, 8)
+    )
+    for one, other in zip(whole, pieces):
+        assert one.pop("split") == other.pop("split")
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_ddpo_trains_in_the_micro_batches_in_which_it_drew(run, monkeypatch):
+    """Or the first ratio would differ from 1 where kernels depend on the batch."""
+    guided = Mock(wraps=ddpo.guided)
+    monkeypatch.setattr(ddpo, "guided", guided)
+    run(ddpo, "run", 1, images=12, updates=2, micro_batch=4, steps=3, eval_images=1)
+    calls = [(len(call.args[1]), call.args[2]) for call in guided.call_args_list][3:-3]
+    random_steps = 2
+    drawn = [(size, i) for size in (4, 2, 4, 2) for i in range(3)]
+    trained = [(size, i) for size in (4, 2, 4, 2) for i in range(random_steps)]
+    assert calls == drawn + trained
+
+
+def test_first_ratio_error_is_that_of_the_first_update(run, monkeypatch):
+    """The mean over its images and steps."""
+    terms = ddpo.policy_terms
+    errors = iter([0.2] * 4 + [0.5] * 2 + [7.0] * 6)  # two micro-batches of 4 and 2, two steps
+
+    def policy_terms(*args):
+        return terms(*args) | {"ratio_error": torch.tensor(next(errors))}
+
+    monkeypatch.setattr(ddpo, "policy_terms", policy_terms)
+    folder = run(ddpo, "run", 1, images=12, updates=2, micro_batch=4, steps=4, eval_images=1)
+    assert read_metrics(folder)[1]["first_ratio_error"] == pytest.approx((4 * 0.2 + 2 * 0.4) / 6)
+
+
+@in_both_scripts
+def test_a_run_trains_on_no_prompt_of_its_evaluation_file(run, monkeypatch, script):
+    words = [f"word {i}" for i in range(8)]
+    Path("all.txt").write_text("\n".join(words))
+    Path("held-out.txt").write_text("\n".join(words[:6]))
+    score = Mock(wraps=lambda images, prompts: [1] * len(images))
+    monkeypatch.setattr(rewards.Incompressibility, "score_batch", score)
+    run(script, "run", 2, prompts="all.txt", eval_prompts="held-out.txt")
+    evaluated, *trained, last = [call.args[1] for call in score.call_args_list]
+    assert evaluated == last == words[:6]
+    assert {prompt for prompts in trained for prompt in prompts} == set(words[6:])
 
 
 @in_both_scripts
@@ -903,6 +1076,87 @@ def test_the_saved_lora_gives_the_same_image_in_diffusers(run, sd1, script):
     assert_close(draw(theirs), draw(ours), rtol=0, atol=1e-3)
 
 
+@parametrize("script, steps", [(crd, 2), (ddpo, 4), ("sd1", 4)])
+def test_images_are_those_of_diffusers_own_pipeline(sd1, script, steps):
+    """From the same noise, guided. DPM-Solver's two steps are Euler's; DDPO's without noise are
+    Euler's or DDIM's. And the pretrained model's parts are as they were."""
+    settings = sd1 if script == "sd1" else {}
+    script = crd if script is crd else ddpo
+    settings = settings | dict(steps=steps, guidance=3.0) if script is ddpo else settings
+    args = short(script, **settings)
+    pipe, model = script.load_pipeline(args, CPU)
+    absent = {name: None for name, part in pipe.components.items() if part is None}
+    theirs = diffusers.DiffusionPipeline.from_pretrained(args.model, dtype=torch.float32, **absent)
+    if script is ddpo and settings.get("model"):
+        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, **DDIM)
+    prompts = ['"moon" on a blue sign', '"tea" on a red sign']
+    noise = randn(2, *((16, 8, 16) if script is crd or not settings.get("model") else (4, 16, 16)))
+    options = {} if settings.get("model") else {"max_sequence_length": 1}
+    expected = theirs(
+        prompts, height=32, width=args.width, guidance_scale=3.0, num_inference_steps=steps,
+        latents=noise, **options,
+    ).images  # fmt: skip
+    if script is crd:
+        layers = crd.add_lora(pipe.transformer, crd.TARGET_MODULES, 2, 4, crd.ADAPTERS)
+        cond, uncond = crd.encode(pipe, prompts, args), crd.encode(pipe, [""], args)
+        x0 = crd.generate(pipe, layers, uncond, args, None, noise, cond, steps, 3.0)
+    else:
+        cond, uncond = ddpo.encode(pipe, model, prompts), ddpo.encode(pipe, model, [""])
+        x0, _, _ = ddpo.rollout(model, noise, cond, uncond, [slice(0, 2)], 0, args)
+    for ours, image in zip(script.decode(pipe, x0), expected, strict=True):
+        difference = rewards.to_pixels(ours, CPU) - rewards.to_pixels(image, CPU)
+        assert difference.abs().max() <= 1  # of 255
+    assert rewards.to_pixels(image, CPU).std() > 1
+
+
+@in_both_scripts
+@parametrize("rank, alpha", [(4, 6), (2, 2)])
+def test_a_lora_saved_by_peft_is_every_adapter(tmp_path, script, rank, alpha):
+    """Whatever its scale, and whatever this run's."""
+    peft = pytest.importorskip("peft")
+    args = short(script, rank=rank, alpha=8)
+    pipe, ours = (script.load_pipeline(args, CPU)[0] for _ in range(2))
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=list(crd.TARGET_MODULES)
+    )
+    save_with_peft(pipe, config, tmp_path)
+    inputs = (randn(2, 16, 8, 8), randn(2, 3, 128), randn(2, 128, seed=1), torch.full((2,), 700.0))
+    with torch.no_grad():
+        expected = pipe.transformer(*inputs, return_dict=False)[0]
+        plain = ours.transformer(*inputs, return_dict=False)[0]
+        layers = script.add_lora(ours.transformer, crd.TARGET_MODULES, rank, 8, script.ADAPTERS)
+        script.load_lora(layers, ours, tmp_path, "transformer")
+        for adapter in script.ADAPTERS:
+            with script.use_adapter(layers, adapter):
+                v = ours.transformer(*inputs, return_dict=False)[0]
+            assert_close(v, expected, rtol=1e-3, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def save_with_peft(pipe, config, path):
+    """A LoRA of random weights, put into the pipeline and saved as diffusers' training scripts do."""
+    from peft import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(config)
+    pipe.save_lora_weights(
+        path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )  # fmt: skip
+
+
+@parametrize("settings", [{"use_rslora": True}, {"alpha_pattern": {"to_q": 1}}, {"targets": 3}])
+def test_a_lora_with_another_scale_or_on_other_layers_is_refused(tmp_path, settings):
+    peft = pytest.importorskip("peft")
+    pipe = tiny()
+    targets = list(crd.TARGET_MODULES)[: settings.pop("targets", None)]
+    save_with_peft(pipe, peft.LoraConfig(r=2, target_modules=targets, **settings), tmp_path)
+    pipe = tiny()
+    layers = crd.add_lora(pipe.transformer, crd.TARGET_MODULES, 2, 4, crd.ADAPTERS)
+    with pytest.raises(ValueError, match="does not hold a plain LoRA"):
+        crd.load_lora(layers, pipe, tmp_path, "transformer")
+
+
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeypatch):
     """The score function, over many images, agrees with backpropagation through the chain."""
     N = 2048
@@ -945,7 +1199,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeyp
 
 @in_both_scripts
 def test_a_folder_stored_in_float32_computes_in_bf16_if_asked(tmp_path, script):
-    """Also where the first tensor of the file is in bf16, and the others are not."""
+    """All but the VAE; also where the first tensor of the file is in bf16, and the others are not."""
     tiny(dtype="fp32").save_pretrained(tmp_path)
     path = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -953,6 +1207,8 @@ def test_a_folder_stored_in_float32_computes_in_bf16_if_asked(tmp_path, script):
     save_file({**tensors, first: tensors[first].bfloat16()}, path, metadata={"format": "pt"})
     pipe, _ = script.load_pipeline(short(script, model=str(tmp_path), dtype="bf16"), CPU)
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
 
 
 @in_both_scripts
@@ -1609,6 +1865,8 @@ def test_fields_of_a_prompt_file_are_metadata(tmp_path):
     path.write_text(json.dumps({"prompt": "a", **fields}))
     metadata = {"include": [{"class": "cat"}], "where": "home", "origin": f"{path}, line 1"}
     assert rewards.read_prompts(path) == [("a", metadata)]
+    path.write_text('{"prompt": "a"}', encoding="utf-8-sig")  # as Windows' editors save it
+    assert rewards.read_prompts(path) == [("a", {"origin": f"{path}, line 1"})]
     path.write_text(json.dumps({"prompt": "a", "origin": "Paris"}))
     assert rewards.read_prompts(path) == [("a", {"origin": "Paris"})]
 
@@ -1769,9 +2027,9 @@ def test_hpsv2_computes_openclips_cosine(small):
     reward = small("hpsv2")
     model = openclip()
     visual = model.visual
-    image = noise_image(0, (16, 32))
+    image = noise_image(0, (48, 96))
     square = Image.new("RGB", (32, 32))
-    square.paste(image, (8, 0))
+    square.paste(image.resize((16, 32), Image.BICUBIC), (8, 0))
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     pixels = (rewards.to_pixels(square, CPU) / 255 - mean) / std
@@ -1799,6 +2057,12 @@ def test_clip_sees_the_center_and_pickscore_is_over_the_temperature(small):
     assert_close(scores_of(reward, [image, center]), scale * cosines, **NEAR)
 
 
+def test_score_head_has_the_published_keys():
+    """Dropouts count."""
+    weights = {key for key in rewards.score_head(768).state_dict() if key.endswith("weight")}
+    assert weights == {"0.weight", "2.weight", "4.weight", "6.weight", "7.weight"}
+
+
 def test_imagereward_has_the_published_sizes():
     with torch.device("meta"):
         state = renamed(rewards.ImageReward.build(PUBLISHED), IMAGEREWARD)
@@ -1820,8 +2084,8 @@ def test_imagereward_is_the_heads_score_of_the_first_vector_standardized(small, 
         image = reward.model["vision"](pixels).last_hidden_state
         states = reward.model["text"](ids, encoder_hidden_states=image).last_hidden_state
         score = reward.model["head"](states[:, 0])[0]
-    expected = (score - 0.1671736) / 1.0333395
-    assert_close(scores_of(reward, IMAGES[:1], [prompt]), expected, **NEAR)
+    expected = (score - 0.16717363) / 1.03333949
+    assert_close(scores_of(reward, IMAGES[:1], [prompt]), expected, rtol=1e-5, atol=0)
 
 
 def test_weights_that_would_run_code_are_refused(small, tmp_path):
@@ -1946,6 +2210,8 @@ def test_genevals_verdicts(include, words, strict, credit):
     ((0, 0, 20, 20), {"left of", "above"}), ((40, 40, 60, 60), set()),
     ((80, 52, 100, 72), {"right of"}), ((50, 40, 70, 60), {"right of"}),
     ((47, 40, 67, 60), set()),  # 3 of 7 are left
+    ((40, 50, 60, 70), {"below"}), ((40, 47, 60, 67), set()), ((40, 33, 60, 53), set()),
+    ((40, 30, 60, 50), {"above"}), ((52, 80, 72, 100), {"below"}),
 ])  # fmt: skip
 def test_positions_are_those_of_centers_outside_a_dead_zone(box, found):
     assert rewards.relations(box, (40, 40, 60, 60)) == found
@@ -1977,6 +2243,19 @@ def test_a_detections_score_is_class_times_mean_mask_probability(small):
     assert many[0].mask.shape == (16, 32)
     classes[0, 16] = 9.0  # one query may be of two classes
     assert rewards.instances(classes, masks, (8, 16), 0.3)["dog"]
+
+
+def test_genevals_detector_sees_the_image_in_imagenets_colors(small):
+    """Its shorter side as long as said, or the longer one; in multiples of 32."""
+    reward = small("geneval")
+    reward.shortest, reward.longest = 64, 96
+    reward.logits = Mock(return_value=[(torch.zeros(1, 81), torch.zeros(1, 8, 8))])
+    for size, (width, height) in (((40, 40), (64, 64)), ((20, 60), (32, 96)), ((58, 40), (96, 64))):
+        reward.detect([Image.new("RGB", size, (255, 128, 0))], [{"tag": "colors", "include": []}])
+        (pixels,) = reward.logits.call_args.args[0]
+        assert pixels.shape == (3, height, width)
+        color = torch.tensor([(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225])
+        assert_close(pixels.mean((1, 2)), color)
 
 
 def test_masks_are_enlarged_to_the_detectors_input_and_then_to_the_image(small):
@@ -2160,4 +2439,3 @@ def test_the_pages_say_what_the_large_runs_compute():
             minutes = tflop * images / (0.4 * peak) / 60
             cells.append(f"{minutes:.1f}, {minutes * epochs / 60 / 24:.1f}")
         assert f"| {' | '.join(cells)} |" in page
-
