@@ -644,50 +644,62 @@ def test_two_processes_stay_identical_and_finish(run, script):
 # Two epochs of each algorithm, at settings that all matter: no weight is 1 and none 0, updates have
 # a share of the images and two micro-batches of two sizes, and gradients and ratios are clipped.
 # `python -m pytest -q -s -k golden test_crd.py` prints them anew; three digits hold on any CPU.
-GOLDEN = """
-crd: eval 0 reward 1.231 own.red 0.4104 own.left 0.4101
-crd: train 1 reward 1.118 own.red 0.3523 own.left 0.4134 crd_loss 0.004714 loss 0.38 anchor_loss
-    0.3422 grad_norm 1.077 rho_std 0.03811
-crd: eval 1 reward 1.371 own.red 0.4603 own.left 0.4509
-crd: train 2 reward 1.39 own.red 0.4537 own.left 0.4824 crd_loss 0.007394 loss 0.4834 anchor_loss
-    0.4243 grad_norm 1.786 rho_std 0.03272
-crd: eval 2 reward 1.358 own.red 0.4565 own.left 0.4454
-ddpo is: eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-ddpo is: train 1 reward 1.065 own.red 0.3229 own.left 0.4188 first_ratio_error 0 loss 0.006436
-    approx_kl 0.0009204 clip_fraction 0.25 ratio_error 0.02084 grad_norm 0.4835
-ddpo is: eval 1 reward 1.247 own.red 0.4155 own.left 0.4156
-ddpo is: train 2 reward 1.276 own.red 0.4108 own.left 0.4548 first_ratio_error 0 loss 0.002229
-    approx_kl 0.0001769 clip_fraction 0.1667 ratio_error 0.009682 grad_norm 0.423
-ddpo is: eval 2 reward 1.255 own.red 0.4171 own.left 0.4204
-ddpo sf: eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-ddpo sf: train 1 reward 1.065 own.red 0.3232 own.left 0.4189 first_ratio_error 0 loss -0.0008543
-    approx_kl 0 clip_fraction 0 ratio_error 0 grad_norm 0.2539
-ddpo sf: eval 1 reward 1.232 own.red 0.4106 own.left 0.4104
-ddpo sf: train 2 reward 1.273 own.red 0.4105 own.left 0.4517 first_ratio_error 0 loss -0.002769
-    approx_kl 0 clip_fraction 0 ratio_error 0 grad_norm 0.2443
-ddpo sf: eval 2 reward 1.231 own.red 0.4109 own.left 0.4097
-ddpo is, DDIM: eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
-ddpo is, DDIM: train 1 reward 1.391 own.red 0.4621 own.left 0.4671 first_ratio_error 0 loss
-    0.02698 approx_kl 0.01073 clip_fraction 0.3333 ratio_error 0.06797 grad_norm 3.513
-ddpo is, DDIM: eval 1 reward 1.397 own.red 0.4631 own.left 0.4705
-ddpo is, DDIM: train 2 reward 1.394 own.red 0.4628 own.left 0.4686 first_ratio_error 0 loss
-    0.007135 approx_kl 0.0008053 clip_fraction 0.3056 ratio_error 0.01992 grad_norm 2.868
-ddpo is, DDIM: eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
-ddpo rwr, DDIM: eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
-ddpo rwr, DDIM: train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 1.146 grad_norm 0.07874
-ddpo rwr, DDIM: eval 1 reward 1.397 own.red 0.4631 own.left 0.4704
-ddpo rwr, DDIM: train 2 reward 1.394 own.red 0.4628 own.left 0.4685 loss 1.13 grad_norm 0.06599
-ddpo rwr, DDIM: eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
-ddpo rwr-sparse: eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-ddpo rwr-sparse: train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.3807 grad_norm 0.3323
-ddpo rwr-sparse: eval 1 reward 1.251 own.red 0.416 own.left 0.4191
-ddpo rwr-sparse: train 2 reward 1.285 own.red 0.4128 own.left 0.4595 loss 0.4675 grad_norm 0.3802
-ddpo rwr-sparse: eval 2 reward 1.26 own.red 0.4177 own.left 0.4245
-"""
+GOLDEN = {
+    "crd": """
+    eval 0 reward 1.231 own.red 0.4104 own.left 0.4101
+    train 1 reward 1.118 own.red 0.3523 own.left 0.4134 crd_loss 0.004714 loss 0.38 anchor_loss
+        0.3422 grad_norm 1.077 rho_std 0.03811
+    eval 1 reward 1.371 own.red 0.4603 own.left 0.4509
+    train 2 reward 1.39 own.red 0.4537 own.left 0.4824 crd_loss 0.007394 loss 0.4834 anchor_loss
+        0.4243 grad_norm 1.786 rho_std 0.03272
+    eval 2 reward 1.358 own.red 0.4565 own.left 0.4454
+""",
+    "ddpo is": """
+    eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
+    train 1 reward 1.065 own.red 0.3229 own.left 0.4188 first_ratio_error 0 loss 0.006436
+        approx_kl 0.0009204 clip_fraction 0.25 ratio_error 0.02084 grad_norm 0.4835
+    eval 1 reward 1.247 own.red 0.4155 own.left 0.4156
+    train 2 reward 1.276 own.red 0.4108 own.left 0.4548 first_ratio_error 0 loss 0.002229
+        approx_kl 0.0001769 clip_fraction 0.1667 ratio_error 0.009682 grad_norm 0.423
+    eval 2 reward 1.255 own.red 0.4171 own.left 0.4204
+""",
+    "ddpo sf": """
+    eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
+    train 1 reward 1.065 own.red 0.3232 own.left 0.4189 first_ratio_error 0 loss -0.0008543
+        approx_kl 0 clip_fraction 0 ratio_error 0 grad_norm 0.2539
+    eval 1 reward 1.232 own.red 0.4106 own.left 0.4104
+    train 2 reward 1.273 own.red 0.4105 own.left 0.4517 first_ratio_error 0 loss -0.002769
+        approx_kl 0 clip_fraction 0 ratio_error 0 grad_norm 0.2443
+    eval 2 reward 1.231 own.red 0.4109 own.left 0.4097
+""",
+    "ddpo is, DDIM": """
+    eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
+    train 1 reward 1.391 own.red 0.4621 own.left 0.4671 first_ratio_error 0 loss 0.02698
+        approx_kl 0.01073 clip_fraction 0.3333 ratio_error 0.06797 grad_norm 3.513
+    eval 1 reward 1.397 own.red 0.4631 own.left 0.4705
+    train 2 reward 1.394 own.red 0.4628 own.left 0.4686 first_ratio_error 0 loss 0.007135
+        approx_kl 0.0008053 clip_fraction 0.3056 ratio_error 0.01992 grad_norm 2.868
+    eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
+""",
+    "ddpo rwr, DDIM": """
+    eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
+    train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 1.146 grad_norm 0.07874
+    eval 1 reward 1.397 own.red 0.4631 own.left 0.4704
+    train 2 reward 1.394 own.red 0.4628 own.left 0.4685 loss 1.13 grad_norm 0.06599
+    eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
+""",
+    "ddpo rwr-sparse": """
+    eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
+    train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.3807 grad_norm 0.3323
+    eval 1 reward 1.251 own.red 0.416 own.left 0.4191
+    train 2 reward 1.285 own.red 0.4128 own.left 0.4595 loss 0.4675 grad_norm 0.3802
+    eval 2 reward 1.26 own.red 0.4177 own.left 0.4245
+""",
+}
 
 
-def golden_settings(sd1):
-    """{name: (script, settings)}"""
+def golden_settings(name, sd1):
+    """(script, settings)"""
     both = dict(
         prompts="signs", reward="own.red:2,own.left", rank=3, alpha=5, ema=0.6, seed=1,
         eval_images=4, eval_every=1, micro_batch=4, group_size=2,
@@ -708,33 +720,24 @@ def golden_settings(sd1):
         "ddpo is, DDIM": (ddpo, unet),
         "ddpo rwr, DDIM": (ddpo, unet | dict(algorithm="rwr")),
         "ddpo rwr-sparse": (ddpo, both_ddpo | dict(algorithm="rwr-sparse")),
-    }  # fmt: skip
+    }[name]  # fmt: skip
 
 
-def golden_lines(folder, name):
-    """A line for each of a run's metrics: `name: train 1 reward 0.1234 ...`."""
-    lines = []
-    for line in read_metrics(folder):
-        numbers = [f"{key} {line[key]:.4g}" for key in line if key not in rewards.LOGGED[:4]]
-        line = f"{name}: {line['split']} {line['epoch']} {' '.join(numbers)}"
-        lines.append(textwrap.fill(line, 98, subsequent_indent="    ", break_on_hyphens=False))
-    return lines
-
-
-def test_the_golden_runs_give_their_numbers(run, sd1):
+@parametrize("name", GOLDEN)
+def test_the_golden_runs_give_their_numbers(run, sd1, name):
     """Whatever a mistake in `train` changes, it changes some of these."""
-    lines = []
-    for name, (script, settings) in golden_settings(sd1).items():
-        lines += golden_lines(run(script, name, 2, **settings), name)
-    print("", *lines, sep="\n")
-    words = " ".join(lines).split()
-    where = ""
-    for word, expected in zip(words, GOLDEN.split(), strict=True):
+    script, settings = golden_settings(name, sd1)
+    words = []
+    print()
+    for line in read_metrics(run(script, "golden", 2, **settings)):
+        numbers = [f"{key} {line[key]:.4g}" for key in line if key not in rewards.LOGGED[:4]]
+        text = f"{line['split']} {line['epoch']} {' '.join(numbers)}"
+        print(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="        "))
+        words += text.split()
+    for i, (word, expected) in enumerate(zip(words, GOLDEN[name].split(), strict=True)):
         if re.fullmatch(r"-?[\d.]+(e-\d+)?", expected):
-            assert float(word) == pytest.approx(float(expected), rel=1e-3, abs=1e-7), where
-        else:
-            assert word == expected, where
-        where = f"{where} {word}" if word not in ("crd:", "ddpo") else word
+            word, expected = float(word), pytest.approx(float(expected), rel=1e-3, abs=1e-7)
+        assert word == expected, " ".join(words[: i + 1])
 
 
 TRACED = dict(
