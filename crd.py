@@ -3,32 +3,41 @@
 Fine-tune a flow-matching text-to-image model so that its images score higher under any reward.
 What a reader who knows PPO would not expect:
 
-1. No policy gradient: a regression of the policy's log-ratio to a reference on the reward, both
-   centered per prompt.
-2. No trajectories: a finished image is noised and denoised once, so any ODE sampler will do.
+1. No policy gradient: the log-ratio of policy and reference is regressed on the reward.
+2. No trajectories: a finished image is noised and its noise predicted, at a few noise levels, so
+   any ODE sampler will do.
 3. No classifier-free guidance in sampling: a penalty, the anchor, teaches it to the policy.
 
-Why it works: max_p E_p[r] - beta KL(p || p_old) has the optimum p* = p_old exp(r / beta) / Z, so
-r = beta log(p* / p_old) + beta log Z, for any image, whoever drew it. Z is intractable but depends
-on the prompt alone: subtract, on both sides, the mean over K images of one prompt, and it is gone.
+Why it works: for a reward s, max_p E_p[s] - beta KL(p || p_old) has the optimum
+p* = p_old exp(s / beta) / Z, so s = beta log(p* / p_old) + beta log Z for any image, whoever drew
+it. Z is intractable but depends on the prompt alone: subtract, on both sides, the mean over a
+group, K images of one prompt, and it is gone.
 
     x0, noise, sigma   an image's latents, Gaussian noise, noise level in [0, 1]
     x, u               the noised image (1 - sigma) x0 + sigma noise; its velocity, noise - x0
     v, v_old, v_ref    u as predicted by the policy, by the reference `old`, and by the
                        pretrained model with guidance
-    rho                how much better than `old` the policy denoises: a proxy of log p / p_old
-    R, s               reward; its advantage, clipped to +-A_max and scaled to [0, 1]
-    n, kappa           reward scaled to [0, 1] by its own range; weight of the anchor, grows with n
+    rho                how much better than `old` the policy denoises: stands for log(p / p_old)
+    R, s               an image's reward; its advantage, clipped to +-clip and scaled to [0, 1]
+    n, kappa           R scaled to [0, 1] by the reward's own range; the anchor's weight at n = 1
+    mean, mean_i,      over the latents of an image, over images, over the images of a group;
+    mean_K, sg         no gradient through this
 
-    rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,  m = mean |v - u|    implicit_reward
-    L   = A_max / beta mean_i [beta (rho_i - mean rho) - (s_i - mean s)]^2             crd_loss
-          + mean_i kappa_i mean (v - v_ref)^2                                       anchor_loss
+    rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,  m = sg(mean |v - u|)   implicit_reward
+    L   = clip / beta mean_i [beta (rho_i - sg(mean_K rho)) - (s_i - mean_K s)]^2         crd_loss
+          + mean_i kappa_i mean (v - v_ref)^2,  kappa_i = kappa_min + n_i (kappa - kappa_min)
+                                                                                       anchor_loss
 
-One frozen model carries four LoRA adapters. `policy` is trained. `sampler` draws the images and
-`old` is the reference, EMAs of the policy at paces of their own: images should be recent, while
-rho measures, and L limits, how far the policy is from `old`. `ema`, a third, is evaluated and
-saved. Every epoch, `train` draws K images of each prompt (generate), scores them
-(reward_targets), takes optimizer steps on L (objective) and lets `old` and `sampler` follow.
+One frozen model carries four LoRA adapters:
+
+    policy    trained
+    sampler   draws the images: an EMA of the policy that starts fast, so that images are recent
+    old       the reference: an EMA that lags from the start, so that rho does not collapse to 0
+    ema       evaluated and saved: an EMA that smooths over the last optimizer steps
+
+Every epoch, `train` draws K images of each prompt with `sampler` (generate), scores them
+(reward_targets), takes optimizer steps on L (objective), and lets `old` and `sampler` follow the
+policy (ema_update).
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -59,10 +68,10 @@ from transformers import HfArgumentParser
 
 import rewards
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DECAY = "of an EMA updated once per epoch; ramps with optimizer steps: start, value, slope, end"
+DECAY = "its decay, once per epoch: start_step start_value slope end_value of `ema_decay`"
 
 
 def arg(default, help):
@@ -76,7 +85,9 @@ class Settings:
     """Everything a run depends on. A preset is a set of other defaults; flags override it."""
 
     # model
-    preset: Literal["ocr", "geneval", "tiny"] | None = arg(None, "default: reward's")
+    preset: Literal["ocr", "geneval", "tiny"] | None = arg(
+        None, "other defaults; if not given, ocr where --reward has ocr, else geneval"
+    )
     model: str = arg("stabilityai/stable-diffusion-3.5-medium", "folder or repo")
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
     height: int = arg(512, "in pixels")
@@ -86,41 +97,41 @@ class Settings:
     alpha: float = arg(64, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("ocr", "name[@path-or-repo][:weight], joined by commas")
-    prompts: str | None = arg(None, "set or file; default: the reward's own")
-    groups: int = arg(48, "prompts per epoch")
+    reward: str = arg("ocr", "name[@path-or-repo][:weight], by commas: a sum")
+    prompts: str | None = arg(None, "generator or file; default: the reward's own")
+    groups: int = arg(48, "prompts per epoch, in all processes")
     group_size: int = arg(24, "images per prompt, K")
     rollout_steps: int = arg(10, "sampler steps of a rollout")
     # loss
-    beta: float = arg(1.0, "scale of rho: the larger, the closer to `old`")
-    tau: float = arg(math.inf, "softmax temperature of the group mean; inf: plain")
+    beta: float = arg(1.0, "strength of the KL to `old`: scale of rho in the loss")
+    tau: float = arg(math.inf, "temperature of the weights in a group's means; inf: all equal")
     reward_weight: float = arg(1.0, "weight of the CRD loss; 0: the anchor alone")
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
-    anchor_adaptive: bool = arg(True, "kappa_i grows with the image's reward")
+    anchor_adaptive: bool = arg(True, "the anchor's weight grows with the reward; else kappa")
     train_timesteps: int = arg(9, "noise levels per step, drawn from the rollout's")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
-    steps_per_epoch: int = arg(1, "optimizer steps, each on a share of the groups")
-    micro_batch: int = arg(24, "images at once, in sampling as in training")
+    steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
+    micro_batch: int = arg(24, "images at once, in sampling as in training: whole groups")
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
-    ema: float = arg(0.9, "decay of the EMA that is evaluated, after a warm-up")
+    ema: float = arg(0.9, "decay of `ema`, once per optimizer step, after a warm-up")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
-    name: str | None = arg(None, "the run's folder is runs/NAME")
+    name: str | None = arg(None, "the run's folder is runs/NAME; default: crd-PRESET-seedSEED")
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
-    eval_images: int = arg(128, "held-out prompts, always with the same noise")
+    eval_images: int = arg(128, "held-out prompts, an image each, always from the same noise")
     eval_steps: int = arg(40, "sampler steps of an evaluation")
     eval_guidance: float = arg(1.0, "guidance of evaluations; rollouts have none")
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
-    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
+    eval_prompts: str | None = arg(None, "evaluate on this file instead, on all of it")
     resume: str | None = arg(None, "continue the run in this folder")
-    wandb: str | None = arg(None, "also log to this Weights & Biases project[/run]")
+    wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
@@ -140,38 +151,14 @@ PRESETS = {
 }  # fmt: skip
 
 
-# The mathematics, in the order in which the loop calls it. Latents are (B, ...).
-
-
-def sample_ode(velocity, noise, sigmas):
-    """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
-
-    A step from s to t is x_t = D + t / s (x_s - D). In Euler's method D is the predicted image x0.
-    Here it is extrapolated in log-SNR from the last two, except in the first and last step and in
-    any that is more than twice as long in log-SNR as the one before, where that overshoots.
-    velocity(x, sigma ()) -> (B, ...); noise (B, ...); sigmas (S + 1,), descending to 0.
-    """
-    if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
-        raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
-    gaps = torch.log((1 - sigmas) / sigmas).diff()
-    # Log-SNR is infinite at sigma 1 and 0: step 2 extrapolates by 0, the last step is Euler's.
-    ratios = [math.inf, *(gaps[1:] / gaps[:-1]).tolist()]
-    x = noise
-    last_x0 = None
-    for s, t, ratio in zip(sigmas[:-1], sigmas[1:], ratios):
-        x0 = x - s * velocity(x, s)
-        D = x0
-        if ratio <= 2:
-            D = x0 + ratio / 2 * (x0 - last_x0)
-        x = D + t / s * (x - D)
-        last_x0 = x0
-    return x
+# The mathematics. Latents have any shape (B, ...); groups are side by side.
 
 
 def reward_targets(R, group_size, clip=5.0):
-    """s = A / (2 clip) + 1/2, with A = (R - mean_group R) / (std_all R + 1e-4) clipped to +-clip.
+    """s = A / (2 clip) + 1/2, with A = (R - mean_K R) / (std R + 1e-4) clipped to +-clip.
 
-    R (N,), whole groups side by side -> s (N,) in [0, 1].
+    R (N,), whole groups -> s (N,) in [0, 1]. The mean is a group's, as Z is a prompt's; the
+    standard deviation is that of all N, so that prompts whose images differ little count little.
     """
     groups = R.view(-1, group_size)
     centered = groups - groups.mean(1, keepdim=True)
@@ -188,67 +175,93 @@ def add_noise(x0, noise, sigma):
 def implicit_reward(v, v_old, u):
     """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
-    By the ELBO, minus a denoising error stands for a log-likelihood (paper, sec. 3). The weights
-    m = mean |v - u| even out the sigmas (DiffusionNFT, arXiv 2509.16117), so rho is a proxy.
+    By the ELBO, the negative denoising error stands for a log-likelihood (paper, sec. 3). The
+    weights m = sg(mean |v - u|) even out the sigmas (DiffusionNFT, arXiv 2509.16117).
     """
 
     def weighted_error(prediction):
-        error = (prediction.float() - u.float()).flatten(1)  # bf16 would round rho away
+        error = (prediction.float() - u.float()).flatten(1)  # in bf16, rounding would exceed rho
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
 
     return weighted_error(v_old) - weighted_error(v)
 
 
-def crd_loss(rho, targets, group_size, beta=1.0, clip=5.0, tau=math.inf):
-    """A_max / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2, with A_max = clip.
+def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
+    """clip / beta mean_i [beta (rho_i - sg(mean_K rho)) - (s_i - mean_K s)]^2; rho, s (B,).
 
-    rho, targets s (B,), whole groups side by side. At rho = 0 its gradient is that of -mean_i A_i
-    rho_i. If tau is finite, the loss is the mean of two: one centers by group means with weights
-    softmax(s / tau), one with softmax(-s / tau).
+    The factor gives it, where rho is 0, the gradient of -mean_i A_i rho_i, whatever clip and beta.
+    If tau is finite, means are weighted: images are compared with the best of their group, weights
+    softmax(s / tau), and with the worst, softmax(-s / tau), and the loss is the mean of both.
     """
     rho = rho.view(-1, group_size)
-    s = targets.view(-1, group_size)
-    weights = torch.softmax(torch.stack([s, -s]) / tau, -1)  # 1 / K at tau = inf
-    mean_rho = (weights * rho.detach()).sum(-1, keepdim=True)  # a constant
-    mean_s = (weights * s).sum(-1, keepdim=True)
-    residual = beta * (rho - mean_rho) - (s - mean_s)
-    return clip / beta * residual.square().mean()
+    s = s.view(-1, group_size)
+
+    def loss(weights):
+        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
+        mean_s = (weights * s).sum(1, keepdim=True)
+        residual = beta * (rho - mean_rho) - (s - mean_s)
+        return clip / beta * residual.square().mean()
+
+    if tau == math.inf:
+        return loss(1 / group_size)
+    return (loss(torch.softmax(s / tau, 1)) + loss(torch.softmax(-s / tau, 1))) / 2
 
 
-def anchor_loss(v, v_ref, normalized_reward, kappa, kappa_min=1e-4):
+def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
     The KL to the model of v_ref, up to a weight per sigma: weak for images of low reward n (B,) in
     [0, 1], which have much to learn, strong where the reward might be exploited.
     """
-    kappa = kappa_min + normalized_reward * (kappa - kappa_min)
-    return (kappa * (v - v_ref).square().flatten(1).mean(1)).mean()
+    kappas = kappa_min + n * (kappa - kappa_min)
+    return (kappas * (v - v_ref).square().flatten(1).mean(1)).mean()
+
+
+def objective(v, v_old, v_ref, u, s, n, args):
+    """L at one sigma, for whole groups, as "loss", and its terms. v_ref: None without anchor."""
+    rho = implicit_reward(v, v_old, u)
+    terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
+    terms["loss"] = args.reward_weight * terms["crd_loss"]
+    if args.anchor:
+        terms["anchor_loss"] = anchor_loss(v, v_ref, n, args.anchor)
+        terms["loss"] = terms["loss"] + terms["anchor_loss"]
+    groups = rho.detach().view(-1, args.group_size)
+    terms["rho_variance"] = groups.var(1, correction=0).mean()
+    return terms
 
 
 def ema_decay(step, start_step, start_value, slope, end_value):
-    """What an EMA adapter keeps of itself at optimizer step `step`: flat, a ramp, flat again."""
+    """What an EMA keeps of itself: start_value at first, from start_step on a ramp, at last
+    end_value. step counts optimizer steps."""
     if step < start_step:
         return start_value
     return min(start_value + slope * (step - start_step), end_value)
 
 
-def objective(predict, x0, noise, sigma, targets, normalized_reward, args):
-    """L and its terms at one sigma, for whole groups. predict(x, sigma, adapter, guidance) -> v."""
-    x = add_noise(x0, noise, sigma)
-    with torch.no_grad():
-        v_old = predict(x, sigma, "old")
-        if args.anchor:
-            v_ref = predict(x, sigma, None, args.anchor_guidance)
-    v = predict(x, sigma, "policy")
-    rho = implicit_reward(v, v_old, noise - x0)
-    loss = crd_loss(rho, targets, args.group_size, args.beta, tau=args.tau)
-    variance = rho.detach().view(-1, args.group_size).var(1, correction=0).mean()
-    terms = {"crd_loss": loss, "rho_variance": variance, "loss": args.reward_weight * loss}
-    if args.anchor:
-        terms["anchor_loss"] = anchor_loss(v, v_ref, normalized_reward, args.anchor)
-        terms["loss"] = terms["loss"] + terms["anchor_loss"]
-    return terms
+def sample_ode(velocity, noise, sigmas):
+    """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
+
+    velocity(x, sigma ()) -> v (B, ...); noise (B, ...); sigmas (S + 1,), descending to 0. A step
+    from s to t is x_t = D + t / s (x_s - D). In Euler's method D is the predicted image x0. Here it
+    is extrapolated from the last two x0 in log-SNR, except where that is infinite, at sigma 1 and
+    0, and in a step more than twice as long as the last: extrapolation would overshoot.
+    """
+    if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
+        raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
+    gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # in log-SNR
+    x = noise
+    last_x0 = None
+    last_gap = 0.0
+    for s, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
+        x0 = x - s * velocity(x, s)
+        D = x0
+        if gap <= 2 * last_gap < math.inf:
+            D = x0 + gap / last_gap / 2 * (x0 - last_x0)
+        x = D + t / s * (x - D)
+        last_x0 = x0
+        last_gap = gap
+    return x
 
 
 # LoRA and gradient checkpointing, by hand
@@ -259,8 +272,8 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
-    comes close to averaging the updates B A only while the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies, since averages of A
+    and of B make an average of the updates B A only while the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -278,7 +291,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # 2-D, as a 3-D matmul can pick another kernel under autograd, and round differently.
+        # 2-D: a 3-D matmul can pick another kernel under autograd, round differently, and then
+        # equal adapters would not predict the same.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -298,8 +312,8 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Outside, `policy` is active, also while
-    backward() recomputes a checkpointed block."""
+    """Compute with adapter `name`; None: as pretrained. Afterwards `policy` is active again, with
+    which backward() has to recompute checkpointed blocks: call it outside."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -317,7 +331,7 @@ def ema_update(layers, name, decay):
         layer.B[name].lerp_(layer.B["policy"], 1 - decay)
 
 
-def lora_state_dict(layers, adapter):
+def adapter_tensors(layers, adapter):
     """The tensors of an adapter by diffusers' names, the scale alpha / rank folded into B."""
     tensors = {}
     for name, layer in layers.items():
@@ -327,13 +341,15 @@ def lora_state_dict(layers, adapter):
 
 
 def load_lora(layers, pipe, path, prefix):
-    """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
+    """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
+    what the network is called in the pipeline."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # peft's; this script folds the scale into B
+    config = config or {}  # only peft saves one
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
+    # 1 where the scale is folded into B.
     scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
@@ -345,9 +361,11 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    The first run is without autograd, like sampling, so that both take the same kernels. Limits:
-    no dropout, and no autocast around the forward pass alone, or the second run differs;
-    `backward()`, not `torch.autograd.grad`: gradients of a block's weights go to their `.grad`.
+    torch's own runs a block under autograd from the start, where it can take other kernels than
+    without, as in sampling, and round differently. Limits: no dropout, and no autocast around the
+    forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
+    gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
+    or autograd would ignore a block with frozen inputs.
     """
 
     @staticmethod
@@ -366,15 +384,14 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        trained = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
-        torch.autograd.backward([outputs[i] for i in trained], [grads[i] for i in trained])
+        tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
+        torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
 
 
 def checkpoint(block, *inputs):
     """For `enable_gradient_checkpointing` of diffusers, which calls it for each block."""
-    trigger = torch.ones((), requires_grad=True)  # or autograd ignores a block with frozen inputs
-    return Checkpoint.apply(block, trigger, *inputs)
+    return Checkpoint.apply(block, torch.ones((), requires_grad=True), *inputs)
 
 
 # Stable Diffusion 3: what to rewrite for another flow model
@@ -388,28 +405,37 @@ MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 
 
 def load_pipeline(args, device):
-    """The pretrained pipeline, frozen, its text encoders on the CPU; and the latents' shape."""
-    kind = diffusers.StableDiffusion3Pipeline
+    """The pretrained pipeline, frozen, its text encoders on the CPU; and the latents' shape.
+
+    Part by part: of a missing tensor, then random, `from_pretrained` of the whole only warns.
+    """
+    pipeline_class = diffusers.StableDiffusion3Pipeline
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = {}
-    for name, value in kind.load_config(args.model).items():
-        if value == [None, None]:  # such as T5 in tiny-sd3
+    for name, value in pipeline_class.load_config(args.model).items():
+        if value == [None, None]:  # left out of the folder, as T5 may be
             parts[name] = None
         elif name == "vae" or name.startswith(("transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
+            # Else buffers, such as positions, would be in bf16 where accelerate is installed.
+            options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
-                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else frozen,
-                low_cpu_mem_usage=False, output_loading_info=True,
+                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
+                output_loading_info=True, **options,
             )  # fmt: skip
-            missing = list(report["missing_keys"])  # the libraries only warn
-            assert not missing, f"{args.model}: {name} lacks weights, {missing[:3]}"
-    pipe = kind.from_pretrained(args.model, **parts)
+            if missing := list(report["missing_keys"]):
+                raise ValueError(f"{args.model}: {name} lacks weights, {missing[:3]}")
+    pipe = pipeline_class.from_pretrained(args.model, **parts)
     is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-    is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
-    assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
-    for p in pipe.transformer.parameters():  # diffusers looks at a file's first tensor alone
-        p.data = p.data.to(frozen)  # and not at buffers: positions stay float32
+    if not is_flow or pipe.scheduler.config.use_dynamic_shifting:
+        raise ValueError(f"{args.model}: no FlowMatchEulerDiscreteScheduler with a static shift")
+    # diffusers converts nothing where a file's first tensor is in bf16. What the model's class says
+    # stays in float32.
+    in_float32 = set(pipe.transformer._keep_in_fp32_modules or ())
+    for name, p in pipe.transformer.named_parameters():
+        if in_float32.isdisjoint(name.split(".")):
+            p.data = p.data.to(dtype)
     pipe.transformer.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
@@ -424,26 +450,28 @@ def schedule(pipe, steps, device):
 
 @torch.no_grad()
 def encode(pipe, prompts, args):
-    """N prompts -> [embeddings (N, L, D), pooled (N, P)]. The encoders visit the device."""
+    """N prompts -> [embeddings (N, tokens, width), pooled (N, width)]. The encoders visit the
+    device."""
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    weights = [encoder.state_dict() for encoder in encoders]  # they stay on the CPU
+    cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
     embeds, _, pooled, _ = pipe.encode_prompt(
         prompts, None, None, device, do_classifier_free_guidance=False,
         max_sequence_length=args.max_sequence_length,
     )  # fmt: skip
-    for encoder, tensors in zip(encoders, weights):
-        encoder.load_state_dict(tensors, assign=True)  # drops the device's, copies nothing back
+    for encoder, weights in zip(encoders, cpu_weights):
+        encoder.load_state_dict(weights, assign=True)  # nothing is copied back
     return [embeds, pooled]
 
 
 def velocity(pipe, x, sigma, cond, uncond=None, guidance=1.0):
-    """v(x, sigma, c), or by classifier-free guidance v(uncond) + w (v(c) - v(uncond)).
+    """v(x, sigma, cond); with guidance, v(uncond) + guidance (v(cond) - v(uncond)).
 
-    x (B, C, h, w) float32; sigma (); cond of B prompts, uncond of one "". (arXiv 2207.12598.)
+    x (B, C, h, w), sigma () -> (B, C, h, w) float32. cond: what `encode` gives for B prompts;
+    uncond: for one, "". (Classifier-free guidance, arXiv 2207.12598.)
     """
     if guidance != 1.0:
         both = [torch.cat([e.expand_as(c), c]) for e, c in zip(uncond, cond)]
@@ -458,7 +486,7 @@ def velocity(pipe, x, sigma, cond, uncond=None, guidance=1.0):
 def decode(pipe, latents):
     """Latents (N, C, h, w) -> N PIL images, eight at once."""
     if not latents.isfinite().all():
-        raise FloatingPointError("latents are not finite: is there a NaN in the LoRA?")
+        raise FloatingPointError("latents are not finite: has the LoRA a NaN, or diverged?")
     images = []
     config = pipe.vae.config
     for z in latents.split(8):
@@ -470,7 +498,7 @@ def decode(pipe, latents):
 # The run
 
 
-bar = partial(tqdm, leave=False, disable=RANK > 0)
+bar = partial(tqdm, leave=False, disable=PROCESS > 0)
 
 
 def batches(start, stop, size):
@@ -478,63 +506,66 @@ def batches(start, stop, size):
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
-def predict(pipe, layers, cond, uncond, x, sigma, adapter, guidance=1.0):
-    """The velocity by one of the adapters; None: as pretrained."""
-    with use_adapter(layers, adapter):
-        return velocity(pipe, x, sigma, cond, uncond, guidance)
-
-
 @torch.no_grad()
-def generate(pipe, layers, uncond, args, adapter, noise, cond, steps, guidance=1.0):
-    """noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...)."""
+def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_batch):
+    """Noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...), by an adapter."""
     sigmas = schedule(pipe, steps, noise.device)
     latents = []
-    for rows in bar(batches(0, len(noise), args.micro_batch), "sample"):
-        c = [part[rows] for part in cond]
-        model = partial(predict, pipe, layers, c, uncond, adapter=adapter, guidance=guidance)
-        latents.append(sample_ode(model, noise[rows], sigmas))
+    with use_adapter(layers, adapter):
+        for rows in bar(batches(0, len(noise), micro_batch), "sample"):
+            c = [part[rows] for part in cond]
+            v = partial(velocity, pipe, cond=c, uncond=uncond, guidance=guidance)
+            latents.append(sample_ode(v, noise[rows], sigmas))
     return torch.cat(latents)
+
+
+def check(args):
+    """ValueError for settings that would fail late, or compute something else without a word."""
+    K = args.group_size
+    if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
+        raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
+    if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
+        raise ValueError(f"runs/{args.name} exists: --resume it, or choose another --name")
+    if args.height % MULTIPLE or args.width % MULTIPLE:
+        raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
+    if K < 2 or args.micro_batch < K or args.micro_batch % K:
+        raise ValueError("--group-size has to be 2 or more, --micro-batch a multiple of it")
+    if args.groups < 1 or args.groups % (args.steps_per_epoch * PROCESSES):
+        raise ValueError("--groups has to be a multiple of --steps-per-epoch times processes")
+    for flag in ("rollout_steps", "train_timesteps", "eval_steps", "eval_images", "eval_every"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
+    if len(args.old_decay) != 4 or len(args.sampler_decay) != 4:
+        raise ValueError("--old-decay and --sampler-decay take four numbers")
 
 
 def train(args):
     """The paper's Algorithm 1. Returns the run's folder."""
+    check(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if WORLD_SIZE > 1:
+    if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
-    N = args.groups * K // WORLD_SIZE  # images per epoch of this process
-    can_run = device.type != "cpu" or args.device or Path(args.model).exists()
-    assert can_run, f"{args.model} needs a GPU, and there is none here: try --preset tiny"
-    is_free = RANK or args.resume or not folder.exists()
-    assert is_free, f"{folder} exists: --resume it, or choose another --name"
-    is_multiple = args.height % MULTIPLE == args.width % MULTIPLE == 0
-    assert is_multiple, f"--height and --width: multiples of {MULTIPLE} only"
-    assert args.groups % (args.steps_per_epoch * WORLD_SIZE) == 0, "--groups: do not divide evenly"
-    assert args.micro_batch % K == 0 and K > 1, "--micro-batch: no multiple of --group-size > 1"
-    assert len(args.old_decay) == len(args.sampler_decay) == 4, "--old-decay takes four numbers"
+    N = args.groups * K // PROCESSES  # images per epoch of this process
 
-    if args.wandb and RANK == 0:
-        import wandb
-
-        project, _, run_id = args.wandb.partition("/")
-        options = {"name": folder.name, "config": asdict(args), "resume": "allow"}
-        run = wandb.init(project=project, id=run_id or None, **options)
-        args.wandb = f"{project}/{run.id}"  # where a resumed run goes on
-
-    # Prompts, and rewards that can score them
+    # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    if args.epochs:
-        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))  # if any is left
+    if args.epochs:  # is any left to train on? or it raises
+        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))
     rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
-    if args.eval_rewards and RANK == 0:  # only process 0 evaluates
+    if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)
+    if args.wandb and PROCESS == 0:
+        import wandb
 
-    # The model, its adapters, the optimizer of the first
+        wandb.init(project=args.wandb, id=folder.name, config=asdict(args), resume="allow")
+
+    # The model, its adapters, and the optimizer of `policy`
     torch.manual_seed(args.seed)
     pipe, shape = load_pipeline(args, device)
     uncond = encode(pipe, [""], args)
@@ -549,7 +580,6 @@ def train(args):
                 block.compile(recompile_limit=64)  # beyond, it would run eagerly
     if args.grad_checkpoint:
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
-    sample = partial(generate, pipe, layers, uncond, args)
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
@@ -558,15 +588,16 @@ def train(args):
     metrics = []  # the lines of metrics.jsonl
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        unknown = pipe.transformer.load_state_dict(state["adapters"], strict=False).unexpected_keys
-        assert not unknown, f"{folder} has trained another model: {unknown[:3]}"
+        if unknown := pipe.transformer.load_state_dict(state["adapters"], False).unexpected_keys:
+            raise ValueError(f"{folder} has trained another model: {unknown[:3]}")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
-    if RANK == 0:
+    if PROCESS == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        print(f"{folder}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
 
     def log(split, R, values):
         values = {"reward": R.mean().item(), **values}
@@ -578,26 +609,30 @@ def train(args):
     def evaluate():
         """Draw held-out prompts with `ema`, always from the same noise; score, save, show them."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
-        noise = noise.to(device)
-        x0 = sample("ema", noise, held_out_cond, args.eval_steps, args.eval_guidance)
+        steps, guidance = args.eval_steps, args.eval_guidance
+        x0 = generate(
+            pipe, layers, "ema", noise.to(device), held_out_cond, uncond, steps, guidance,
+            args.micro_batch,
+        )  # fmt: skip
         images = decode(pipe, x0)
-        R, values = reward.score(images, *zip(*held_out))
+        R, values = reward.score(images, *zip(*held_out))  # values: {name: mean score}
         if args.eval_rewards:
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         out = folder / f"epoch-{progress['epoch']:04d}"
-        pipe.save_lora_weights(out, transformer_lora_layers=lora_state_dict(layers, "ema"))
+        pipe.save_lora_weights(out, transformer_lora_layers=adapter_tensors(layers, "ema"))
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
     sent = len(metrics)  # to Weights & Biases
-    if progress["epoch"] == 0 and RANK == 0:
+    if progress["epoch"] == 0 and PROCESS == 0:
         evaluate()
     sigmas = schedule(pipe, args.rollout_steps, device)
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        seed = random.Random(f"{args.seed} {epoch} {RANK}").getrandbits(63)
+        # A text seeds Python's generator by its hash: nearby epochs and processes share nothing.
+        seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Roll out: K images of each prompt with `sampler`, without guidance.
@@ -605,46 +640,55 @@ def train(args):
         pairs = list(itertools.islice(stream, N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
         noise = torch.randn(N, *shape, generator=generator, device=device)
-        x0 = sample("sampler", noise, cond, args.rollout_steps)
+        x0 = generate(
+            pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, 1.0, args.micro_batch
+        )
         images = decode(pipe, x0)
         clock.append(time.perf_counter())
 
-        # 2. Score.
+        # 2. Score. All processes' rewards decide the standard deviation.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
-        R, values = reward.score(images, prompts, metadata)
-        normalized_reward = rewards.normalize(R, reward.range).to(device)
+        own_R, values = reward.score(images, prompts, metadata)
+        n = rewards.normalize(own_R, reward.range).to(device)
         if not args.anchor_adaptive:
-            normalized_reward = torch.ones_like(normalized_reward)
-        shards = [(R, values)] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(shards, (R, values))
-        R = torch.cat([R for R, _ in shards])
+            n = torch.ones_like(n)
+        shards = [(own_R, values)] * PROCESSES
+        if PROCESSES > 1:
+            dist.all_gather_object(shards, (own_R, values))
+        R = torch.cat([shard_R for shard_R, _ in shards])
         values = {name: fmean(v[name] for _, v in shards if name in v) for name in values}
-        own = slice(RANK * N, (RANK + 1) * N)
-        targets = reward_targets(R, K)[own].to(device)
+        s = reward_targets(R, K)[PROCESS * N : (PROCESS + 1) * N].to(device)
         clock.append(time.perf_counter())
 
-        # 3. Train: each optimizer step on a share of the groups, at some of the rollout's sigmas.
+        # 3. Train: each optimizer step on its share of the groups, at some of the rollout's sigmas.
         totals = defaultdict(float)
         images_per_step = N // args.steps_per_epoch
         for start in bar(range(0, N, images_per_step), "train"):
             order = torch.randperm(args.rollout_steps, generator=generator, device=device)
-            steps = order[: args.train_timesteps].tolist()
+            drawn = order[: args.train_timesteps].tolist()  # never the last sigma, which is 0
             micro_batches = batches(start, start + images_per_step, args.micro_batch)
-            for i, rows in itertools.product(steps, micro_batches):
+            for i, rows in itertools.product(drawn, micro_batches):
+                c = [part[rows] for part in cond]
                 noise = torch.randn(x0[rows].shape, generator=generator, device=device)
-                predict_rows = partial(predict, pipe, layers, [c[rows] for c in cond], uncond)
-                s, n = targets[rows], normalized_reward[rows]
-                terms = objective(predict_rows, x0[rows], noise, sigmas[i], s, n, args)
-                share = len(noise) / images_per_step / len(steps)
+                x = add_noise(x0[rows], noise, sigmas[i])
+                v_ref = None
+                with torch.no_grad():
+                    with use_adapter(layers, "old"):
+                        v_old = velocity(pipe, x, sigmas[i], c)
+                    if args.anchor:
+                        with use_adapter(layers, None):
+                            v_ref = velocity(pipe, x, sigmas[i], c, uncond, args.anchor_guidance)
+                v = velocity(pipe, x, sigmas[i], c)
+                terms = objective(v, v_old, v_ref, noise - x0[rows], s[rows], n[rows], args)
+                share = len(noise) / images_per_step / len(drawn)
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / args.steps_per_epoch * term.detach()
-            if WORLD_SIZE > 1:
+            if PROCESSES > 1:
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / WORLD_SIZE, gradients)
+                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # in place
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / args.steps_per_epoch
             optimizer.step()
@@ -668,7 +712,7 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        if RANK > 0:
+        if PROCESS > 0:
             continue
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
@@ -683,7 +727,7 @@ def train(args):
             for line in metrics[sent:]:
                 wandb.log({f"{line['split']}/{name}": line[name] for name in line})
             sent = len(metrics)
-    if WORLD_SIZE > 1:
+    if PROCESSES > 1:
         dist.barrier()
         dist.destroy_process_group()
     return folder
@@ -692,15 +736,15 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args(argv)  # for the preset; parsed again with its defaults
     names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
     preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
     name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"
     parser.set_defaults(**{"preset": preset, "name": name, **PRESETS[preset]})
     if flags.resume:
         saved = json.loads(Path(flags.resume, "args.json").read_text())
-        is_ours = saved.keys() == asdict(Settings()).keys()
-        assert is_ours, f"{flags.resume} holds no run of crd.py"
+        if saved.keys() != asdict(Settings()).keys():
+            raise ValueError(f"{flags.resume} holds no run of crd.py")
         parser.set_defaults(**saved)
     return parser.parse_args_into_dataclasses(argv)[0]
 

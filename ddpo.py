@@ -5,29 +5,29 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is each prompt's own running mean of the reward.
-4. Log-probabilities are averaged over an image's latents, so ratios stay within about 1e-4 of 1,
-   and so small is the clip. Even a rounding difference between sampling and training would count as
-   a change of the policy: `first_ratio_error` logs it, and should be exactly 0.
+3. There is no critic. The baseline is the mean of a prompt's own last rewards.
+4. Log-probabilities are averaged over an image's latents, so that ratios differ from 1 by about
+   1e-4 only, and the clip is as small. At that scale a rounding difference between sampling and
+   training counts as a change of the policy: `first_ratio_error` logs it, and has to be exactly 0.
 
-    c, t, x            state: the prompt, the step, the noisy latents
-    x_next             action: the latents after the step, one drawn from the sampler's Gaussian
+    c, i, x            state: the prompt, the step's index from 0, the noisy latents
+    x_next             action: the latents after the step, drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
     p, p_old           the policy; the policy at the start of the epoch, which drew the images
 
-    grad E[R] = E_p   [ sum_t A grad log p(x_next | x, t, c) ]        `sf`, score_function_loss
-              ~ E_old [ sum_t A grad (p / p_old)(x_next | x, t, c) ]  `is`, importance_sampling_loss
+    ascend  E_p   [ mean_i A grad log p(x_next | x, i, c) ]       `sf`, score_function_loss
+    or      E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
 
-At p = p_old both have the same gradient. `sf` stops there: one update, then new images. `is`
-corrects for a policy that has moved, so it makes several updates: every image is used once, but
-later updates start from a policy that did not draw it. PPO's clip zeroes the gradient once the
-ratio has moved past it in the advantage's direction.
+At p = p_old both are the same. `sf` stops there: one update, then new images. `is` splits an
+epoch's images over several updates. From the second on, the policy is no longer the one that drew
+them: the ratio corrects for that, and PPO's clip stops images whose ratio is already above
+1 + clip with A > 0, or below 1 - clip with A < 0.
 
 Every epoch, `train` draws images and keeps their states and log p_old (rollout), scores them
-(prompt_advantages), and updates the policy on every step that was taken (policy_terms). The paper's
-baselines `rwr` and `rwr-sparse` instead train the denoising loss on the model's own images,
-weighted by reward or on the best alone, shuffled, as often as there are steps (regression_terms).
-What is evaluated and saved is `ema`, an EMA of the policy.
+(prompt_advantages), and updates the policy on every stochastic step of every image (policy_terms).
+The paper's baselines `rwr` and `rwr-sparse` train the denoising loss on the model's own images
+instead, weighted by their advantages, or on the best alone (regression_terms). What is evaluated
+and saved is `ema`, an EMA of the policy, by the same sampler without noise.
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -58,8 +58,8 @@ from transformers import HfArgumentParser
 
 import rewards
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 
 
@@ -77,54 +77,55 @@ class Settings:
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
     height: int = arg(512, "in pixels")
     width: int = arg(512, "in pixels")
-    max_sequence_length: int = arg(128, "T5 tokens per prompt")
+    max_sequence_length: int = arg(128, "T5 tokens per prompt (Stable Diffusion 3)")
     rank: int = arg(16, "LoRA rank")
     alpha: float = arg(32, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("compressibility", "name[@path-or-repo][:weight], by commas")
-    prompts: str | None = arg(None, "set or file; default: the reward's own")
-    images: int = arg(256, "images per epoch")
+    reward: str = arg("compressibility", "name[@path-or-repo][:weight], by commas: a sum")
+    prompts: str | None = arg(None, "generator or file; default: the reward's own")
+    images: int = arg(256, "images per epoch, in all processes")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
-    deterministic_steps: int = arg(0, "last steps, without noise and not trained on")
-    guidance: float = arg(5.0, "classifier-free guidance, in training, too")
+    deterministic_steps: int = arg(0, "how many of the last steps have no noise, and no training")
+    guidance: float = arg(5.0, "classifier-free guidance, in training as in sampling")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
     micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
     algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "is, sf: DDPO; rwr: baselines")
-    updates: int = arg(4, "optimizer steps per epoch; sf: 1")
+    updates: int = arg(4, "optimizer steps per epoch; with sf 1, also by default")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
-    temperature: float = arg(0.2, "rwr: weights are softmax(advantage / this)")
+    temperature: float = arg(0.2, "rwr: weights are softmax(advantage / this) over an epoch")
     keep: float = arg(0.1, "rwr-sparse: share of the images that is trained on")
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate")
-    ema: float = arg(0.9, "decay of the EMA that is evaluated, after a warm-up")
+    ema: float = arg(0.9, "decay of `ema`, once per optimizer step, after a warm-up")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
     # run
-    name: str | None = arg(None, "the run's folder is runs/NAME")
+    name: str | None = arg(None, "folder runs/NAME; default: ddpo-PRESET-ALGORITHM-seedSEED")
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
-    eval_images: int = arg(128, "held-out prompts, always with the same noise")
+    eval_images: int = arg(128, "held-out prompts, an image each, always from the same noise")
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
-    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file")
+    eval_prompts: str | None = arg(None, "evaluate on this file instead, on all of it")
     resume: str | None = arg(None, "continue the run in this folder")
-    wandb: str | None = arg(None, "also log to this Weights & Biases project[/run]")
+    wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
     "sd1": dict(),
-    # Flow-GRPO does not train on the last step: its noise would stay in the image.
+    # As Flow-GRPO: the last step is not trained on, as its noise would stay in the image.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The clip is wider because an image has 2,048 latents here, and 16,384 in the paper.
+    # The clip is wider, as an image has 2,048 latents here and 16,384 in the paper. Three steps
+    # with noise are enough to explore, and quick to train on.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -135,14 +136,17 @@ PRESETS = {
 }  # fmt: skip
 
 
-# The mathematics, in the order in which the loop calls it. Latents are (B, ...).
+# The mathematics. Latents have any shape (B, ...).
+
+HISTORY = 32  # rewards of a prompt that are kept
 
 
 def gaussian_step(mean, std, x_next=None, generator=None):
-    """Draw x_next from N(mean, std^2) unless it is given -> x_next (B, ...), its log_prob (B,).
+    """Draw x_next from N(mean, std^2), in sampling, or score the given one, in training.
 
-    The log-probability is averaged, not summed, over an image's D latents, as in the authors' code:
-    a ratio is that of the densities to the power of 1 / D. The clip of 1e-4 is for D = 16,384.
+    -> x_next (B, ...) and its log_prob (B,), averaged, not summed, over an image's D latents, as in
+    the authors' code: a ratio exp(log_prob - old_log_prob) is the densities' to the power of 1 / D.
+    The clip of 1e-4 is for D = 16,384.
     """
     if x_next is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -154,13 +158,13 @@ def gaussian_step(mean, std, x_next=None, generator=None):
 def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, generator=None):
     """DDIM's stochastic step from x_t to x_next and its log-probability (arXiv 2010.02502, eq. 12).
 
-    noise_pred, x, x_next (B, ...); t, t_next () or (B,) long; alphas_cumprod (1000,). The variance
-    is eta^2 times eq. 16; at eta = 1 this is DDPM's ancestral step. It assumes a scheduler with
+    noise_pred, x, x_next (B, ...); t, t_next () or (B,) long, timesteps of alphas_cumprod (1000,).
+    std is eq. 16's; at eta = 1 this is DDPM's ancestral step. As a scheduler with
     prediction_type="epsilon", clip_sample=False, steps_offset=1 and set_alpha_to_one=False: where
-    t_next < 0, alpha is alphas_cumprod[0].
+    t_next < 0, alpha is alphas_cumprod[0], or the last step would have no noise.
     """
     shape = (-1, *[1] * (x.ndim - 1))
-    # A GPU would have to wait for an index without dimensions.
+    # view(-1): indexing with a tensor without dimensions makes a GPU wait.
     alpha = alphas_cumprod[t.view(-1)].view(shape)
     alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
@@ -172,25 +176,27 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
 def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=None, generator=None):
     """A step of the SDE with the marginals of the flow's ODE (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
-    v, x, x_next (B, ...); sigmas () or (B,) -> x_next and its log-probability. Its s is infinite at
-    sigma = 1: from there on, sigma_max, the schedule's second sigma, is put into the denominator.
+    v, x, x_next (B, ...); sigma, sigma_next, sigma_max () or (B,) -> x_next, its log-probability.
+    The diffusion noise_level sqrt(sigma / (1 - sigma)) is infinite at sigma = 1: there its
+    denominator has sigma_max instead, the schedule's second sigma.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
     dt = sigma_next - sigma
-    s = noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
-    mean = x * (1 + s**2 * dt / (2 * sigma)) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-    return gaussian_step(mean, s * (-dt).sqrt(), x_next, generator)
+    diffusion = noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
+    drift = diffusion**2 / (2 * sigma)
+    mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
+    return gaussian_step(mean, diffusion * (-dt).sqrt(), x_next, generator)
 
 
-def prompt_advantages(history, prompts, R, minimum=16, buffer=32, clip=5.0):
+def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0):
     """Advantages (R - mean) / std by each prompt's own last `buffer` rewards (paper, sec. 5).
 
-    prompts: N str; R (N,) -> (N,), clipped to +-clip. history, {prompt: list of float}, takes R in.
-    This removes the prompt's difficulty from the advantage. A prompt with fewer than `minimum`
+    This removes the prompt's difficulty. prompts: N str; R (N,) -> (N,), clipped to +-clip. R is
+    first appended to history, {prompt: list of float}, in place. A prompt with fewer than `minimum`
     rewards uses the mean and std of R.
     """
-    R = R.double()  # in float32, rounding would give equal rewards an advantage
+    R = R.double()  # float32's rounding, over 1e-6, would give equal rewards an advantage
     for prompt, reward in zip(prompts, R.tolist()):
         history[prompt] = (history.get(prompt, []) + [reward])[-buffer:]
     A = torch.empty_like(R)
@@ -203,7 +209,7 @@ def prompt_advantages(history, prompts, R, minimum=16, buffer=32, clip=5.0):
 
 
 def score_function_loss(log_prob, advantages):
-    """-mean A log p, for images from this very policy (paper, sec. 4.3, DDPO_SF). All (B,)."""
+    """-mean A log p, valid where p drew the images (paper, sec. 4.3, DDPO_SF). All (B,)."""
     return -(advantages * log_prob).mean()
 
 
@@ -220,28 +226,32 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
 def rwr_weights(advantages, temperature=0.2):
     """Reward-weighted regression: softmax(A / temperature) over N images, times N: 1 on average.
 
-    The authors' code has softmax(0.2 R), whose sharpness depends on the unit of the reward.
+    The authors' code has softmax(0.2 R), a factor, whose sharpness depends on the reward's unit.
     """
     return torch.softmax(advantages / temperature, 0) * len(advantages)
 
 
 def best_images(advantages, keep=0.1):
-    """Indices of the best `keep` of N images, cycled to N, so that there are as many updates."""
+    """Indices of the best `keep` of N images, repeated to N, so that there are as many updates."""
     N = len(advantages)
     count = max(round(keep * N), 1)
     return advantages.topk(count).indices.repeat(math.ceil(N / count))[:N]
 
 
-def guided(model, x, i, cond, uncond, guidance):
-    """The prediction at step i, with classifier-free guidance f(uncond) + w (f(c) - f(uncond)).
+# Below, `model` is a StableDiffusion or StableDiffusion3, `cond` a list of tensors (B, ...), and
+# `uncond` the same of one empty prompt.
 
-    Sampling and training both come through here with the same images in a batch. Other shapes or
-    kernels round differently, and the first update's ratio would not be exactly 1.
+
+def guided(model, x, i, cond, uncond, guidance):
+    """The prediction at step i: f(uncond) + guidance (f(cond) - f(uncond)), arXiv 2207.12598.
+
+    Sampling and training both come through here, with the same images in a batch, so that both
+    round alike and the first update's ratio is exactly 1.
     """
     if guidance == 1.0:
         return model.predict(x, i, cond)
     both = [torch.cat([e.expand_as(c), c]) for e, c in zip(uncond, cond)]
-    i = torch.cat([i, i]) if isinstance(i, torch.Tensor) else i
+    i = torch.cat([i, i]) if isinstance(i, torch.Tensor) else i  # an index an image: see below
     f_uncond, f_cond = model.predict(torch.cat([x, x]), i, both).chunk(2)
     return f_uncond + guidance * (f_cond - f_uncond)
 
@@ -256,16 +266,17 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
         loss = importance_sampling_loss(log_prob, old_log_prob, A, args.clip)
     change = log_prob.detach() - old_log_prob
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
-    return {
-        "loss": loss,
-        "approx_kl": change.square().mean() / 2,
-        "clip_fraction": (ratio_error > args.clip).float().mean(),  # to either side
-        "ratio_error": ratio_error.mean(),
-    }
+    terms = {"loss": loss}
+    if args.algorithm == "is":
+        terms["approx_kl"] = change.square().mean() / 2  # per latent
+        terms["clip_fraction"] = (ratio_error > args.clip).float().mean()  # outside, on any side
+    terms["ratio_error"] = ratio_error.mean()
+    return terms
 
 
 def regression_terms(model, x0, weights, cond, uncond, args, generator):
-    """The baselines' denoising loss, mean w |prediction - target|^2, at a random step per image."""
+    """The baselines' denoising loss, mean w (f - target)^2, each image at a random step. f is
+    guided, as it is in sampling."""
     i = torch.randint(args.steps, (len(x0),), generator=generator, device=x0.device)
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     x, target = model.add_noise(x0, noise, i)
@@ -273,7 +284,7 @@ def regression_terms(model, x0, weights, cond, uncond, args, generator):
     return {"loss": (weights * error.square().flatten(1).mean(1)).mean()}
 
 
-bar = partial(tqdm, leave=False, disable=RANK > 0)
+bar = partial(tqdm, leave=False, disable=PROCESS > 0)
 
 
 def batches(start, stop, size):
@@ -283,11 +294,11 @@ def batches(start, stop, size):
 
 @torch.no_grad()
 def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, generator=None):
-    """Draw images from x_T = noise (N, ...), in the micro-batches that training will use.
+    """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
 
-    The first `random_steps` have noise. The others are deterministic and have no log-probability:
-    they count as part of the environment, without a gradient. Returns x0 (N, ...), the states from
-    x_T on (N, random_steps + 1, ...), and log_probs (N, random_steps).
+    Returns x0 (N, ...); of the first `random_steps`, which have noise, the states from x_T on
+    (N, random_steps + 1, ...) and log_probs (N, random_steps). The other steps are part of the
+    environment, like the decoder: of them `step` gives no log-probability, but NaN.
     """
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
@@ -298,8 +309,8 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
         c = [part[rows] for part in cond]
         for i in range(args.steps):
             prediction = guided(model, x, i, c, uncond, args.guidance)
-            scale = float(i < random_steps)  # 0: no noise, and no log-probability
-            x, log_prob = model.step(prediction, x, i, noise=scale, generator=generator)
+            scale = float(i < random_steps)
+            x, log_prob = model.step(prediction, x, i, noise_scale=scale, generator=generator)
             if i < random_steps:
                 states[rows, i + 1] = x
                 log_probs[rows, i] = log_prob
@@ -315,8 +326,8 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
-    comes close to averaging the updates B A only while the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies, since averages of A
+    and of B make an average of the updates B A only while the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -334,7 +345,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # 2-D, as a 3-D matmul can pick another kernel under autograd, and round differently.
+        # 2-D: a 3-D matmul can pick another kernel under autograd, round differently, and then
+        # equal adapters would not predict the same.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -354,8 +366,8 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Outside, `policy` is active, also while
-    backward() recomputes a checkpointed block."""
+    """Compute with adapter `name`; None: as pretrained. Afterwards `policy` is active again, with
+    which backward() has to recompute checkpointed blocks: call it outside."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -373,7 +385,7 @@ def ema_update(layers, name, decay):
         layer.B[name].lerp_(layer.B["policy"], 1 - decay)
 
 
-def lora_state_dict(layers, adapter):
+def adapter_tensors(layers, adapter):
     """The tensors of an adapter by diffusers' names, the scale alpha / rank folded into B."""
     tensors = {}
     for name, layer in layers.items():
@@ -383,13 +395,15 @@ def lora_state_dict(layers, adapter):
 
 
 def load_lora(layers, pipe, path, prefix):
-    """Start every adapter from the LoRA in a folder, saved by this script or by diffusers."""
+    """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
+    what the network is called in the pipeline."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # peft's; this script folds the scale into B
+    config = config or {}  # only peft saves one
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
+    # 1 where the scale is folded into B.
     scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
@@ -401,9 +415,11 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    The first run is without autograd, like sampling, so that both take the same kernels. Limits:
-    no dropout, and no autocast around the forward pass alone, or the second run differs;
-    `backward()`, not `torch.autograd.grad`: gradients of a block's weights go to their `.grad`.
+    torch's own runs a block under autograd from the start, where it can take other kernels than
+    without, as in sampling, and round differently. Limits: no dropout, and no autocast around the
+    forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
+    gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
+    or autograd would ignore a block with frozen inputs.
     """
 
     @staticmethod
@@ -422,33 +438,33 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        trained = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
-        torch.autograd.backward([outputs[i] for i in trained], [grads[i] for i in trained])
+        tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
+        torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
 
 
 def checkpoint(block, *inputs):
     """For `enable_gradient_checkpointing` of diffusers, which calls it for each block."""
-    trigger = torch.ones((), requires_grad=True)  # or autograd ignores a block with frozen inputs
-    return Checkpoint.apply(block, trigger, *inputs)
+    return Checkpoint.apply(block, torch.ones((), requires_grad=True), *inputs)
 
 
-# The models: what to rewrite for another one. `i` counts the sampler's steps from 0.
+# The models: for another one, write another such class. `i` counts the sampler's steps from 0.
 
 
 class StableDiffusion:
     """Stable Diffusion 1.x: a UNet that predicts the noise, and DDIM's stochastic step."""
 
-    prefix = "unet"
-    target_modules = ("to_q", "to_k", "to_v", "to_out.0")
-    blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    prefix = "unet"  # what the network is called in the pipeline
+    target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # linear layers that get LoRA
+    blocks = ("BasicTransformerBlock", "ResnetBlock2D")  # for --compile
 
     def __init__(self, pipe, args, device):
         scheduler = diffusers.DDIMScheduler.from_config(
             pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
             timestep_spacing="leading",
         )  # fmt: skip
-        assert scheduler.config.prediction_type == "epsilon", f"{args.model} predicts no noise"
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(f"{args.model} predicts no noise")
         scheduler.set_timesteps(args.steps)
         self.network = pipe.unet
         self.scheduler = scheduler
@@ -462,8 +478,8 @@ class StableDiffusion:
         x = x.to(self.network.dtype)
         return self.network(x, self.t[i], *cond, return_dict=False)[0].float()
 
-    def step(self, prediction, x, i, x_next=None, noise=1.0, generator=None):
-        eta = noise * self.eta
+    def step(self, prediction, x, i, x_next=None, noise_scale=1.0, generator=None):
+        eta = noise_scale * self.eta
         t, t_next = self.t[i], self.t_next[i]
         return ddim_step(prediction, x, t, t_next, self.alphas_cumprod, eta, x_next, generator)
 
@@ -483,8 +499,8 @@ class StableDiffusion3:
 
     def __init__(self, pipe, args, device):
         is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-        is_static = is_flow and not pipe.scheduler.config.use_dynamic_shifting
-        assert is_static, f"{args.model}: not FlowMatchEulerDiscreteScheduler with a static shift"
+        if not is_flow or pipe.scheduler.config.use_dynamic_shifting:
+            raise ValueError(f"{args.model}: no FlowMatchEulerDiscreteScheduler, static shift")
         pipe.scheduler.set_timesteps(args.steps)
         self.network = pipe.transformer
         self.noise_level = args.noise_level
@@ -498,8 +514,8 @@ class StableDiffusion3:
         timestep = (1000 * self.sigmas[i]).expand(len(x))
         return self.network(x, *cond, timestep, return_dict=False)[0].float()
 
-    def step(self, prediction, x, i, x_next=None, noise=1.0, generator=None):
-        level = noise * self.noise_level
+    def step(self, prediction, x, i, x_next=None, noise_scale=1.0, generator=None):
+        level = noise_scale * self.noise_level
         sigma, sigma_next, sigma_max = self.sigmas[i], self.sigmas[i + 1], self.sigmas[1]
         return flow_sde_step(prediction, x, sigma, sigma_next, sigma_max, level, x_next, generator)
 
@@ -509,31 +525,40 @@ class StableDiffusion3:
 
 
 def load_pipeline(args, device):
-    """The pretrained pipeline, frozen, and its StableDiffusion or StableDiffusion3."""
+    """The pretrained pipeline, frozen, its text encoders on the CPU, and its model, as above.
+
+    Part by part: of a missing tensor, then random, `from_pretrained` of the whole only warns.
+    """
     models = {
         "StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3
     }  # fmt: skip
     config = diffusers.DiffusionPipeline.load_config(args.model)
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = {}
     for name, value in config.items():
         is_unused = name in ("safety_checker", "feature_extractor", "image_encoder")
-        if is_unused or value == [None, None]:  # such as T5
+        if is_unused or value == [None, None]:  # left out of the folder, as T5 may be
             parts[name] = None
         elif name == "vae" or name.startswith(("unet", "transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
+            # Else buffers, such as positions, would be in bf16 where accelerate is installed.
+            options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
-                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else frozen,
-                low_cpu_mem_usage=False, output_loading_info=True,
+                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
+                output_loading_info=True, **options,
             )  # fmt: skip
-            missing = list(report["missing_keys"])  # the libraries only warn
-            assert not missing, f"{args.model}: {name} lacks weights, {missing[:3]}"
-    kind = getattr(diffusers, config["_class_name"])
-    pipe = kind.from_pretrained(args.model, **parts)
+            if missing := list(report["missing_keys"]):
+                raise ValueError(f"{args.model}: {name} lacks weights, {missing[:3]}")
+    pipeline_class = getattr(diffusers, config["_class_name"])
+    pipe = pipeline_class.from_pretrained(args.model, **parts)
     model = models[config["_class_name"]](pipe, args, device)
-    for p in model.network.parameters():
-        p.data = p.data.to(frozen)  # diffusers judges a file's precision by its first tensor
+    # diffusers converts nothing where a file's first tensor is in bf16. What the model's class says
+    # stays in float32.
+    in_float32 = set(model.network._keep_in_fp32_modules or ())
+    for name, p in model.network.named_parameters():
+        if in_float32.isdisjoint(name.split(".")):
+            p.data = p.data.to(dtype)
     model.network.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     return pipe, model
@@ -541,19 +566,20 @@ def load_pipeline(args, device):
 
 @torch.no_grad()
 def encode(pipe, model, prompts):
-    """N prompts -> [embeddings (N, L, D), and for Stable Diffusion 3 pooled (N, P)]."""
+    """N prompts -> [embeddings (N, tokens, width), for Stable Diffusion 3 also pooled (N, width)].
+    The encoders visit the device."""
     device = pipe.vae.device
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    weights = [encoder.state_dict() for encoder in encoders]  # they stay on the CPU
+    cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
     parts = pipe.encode_prompt(
         prompts, device=device, num_images_per_prompt=1,
         do_classifier_free_guidance=False, **model.text_options,
     )  # fmt: skip
-    for encoder, tensors in zip(encoders, weights):
-        encoder.load_state_dict(tensors, assign=True)  # drops the device's, copies nothing back
+    for encoder, weights in zip(encoders, cpu_weights):
+        encoder.load_state_dict(weights, assign=True)  # nothing is copied back
     return [part for part in parts if part is not None]
 
 
@@ -561,7 +587,7 @@ def encode(pipe, model, prompts):
 def decode(pipe, latents):
     """Latents (N, C, h, w) -> N PIL images, eight at once."""
     if not latents.isfinite().all():
-        raise FloatingPointError("latents are not finite: is there a NaN in the LoRA?")
+        raise FloatingPointError("latents are not finite: has the LoRA a NaN, or diverged?")
     images = []
     config = pipe.vae.config
     for z in latents.split(8):
@@ -573,48 +599,57 @@ def decode(pipe, latents):
 # The run
 
 
+def check(args):
+    """ValueError for settings that would fail late, or compute something else without a word."""
+    K = args.group_size
+    if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
+        raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
+    if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
+        raise ValueError(f"runs/{args.name} exists: --resume it, or choose another --name")
+    if args.height % 16 or args.width % 16:
+        raise ValueError("--height and --width have to be multiples of 16")
+    if args.images < 1 or args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
+        raise ValueError("--images: no multiple of --updates and --group-size, times processes")
+    if args.algorithm == "sf" and args.updates != 1:
+        raise ValueError("--algorithm sf: one update per epoch")
+    if not 0 <= args.deterministic_steps < args.steps:
+        raise ValueError("--deterministic-steps leaves no step to train on")
+    for flag in ("micro_batch", "eval_images", "eval_every"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
+    if args.stat_min > HISTORY:
+        raise ValueError(f"--stat-min exceeds the {HISTORY} rewards that are kept of a prompt")
+
+
 def train(args):
     """Sample, score, improve (paper, sec. 4). Returns the run's folder."""
+    check(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if WORLD_SIZE > 1:
+    if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
-    N = args.images // WORLD_SIZE  # images per epoch of this process
+    N = args.images // PROCESSES  # images per epoch of this process
     is_regression = args.algorithm in ("rwr", "rwr-sparse")
-    can_run = device.type != "cpu" or args.device or Path(args.model).exists()
-    assert can_run, f"{args.model} needs a GPU, and there is none here: try --preset tiny"
-    is_free = RANK or args.resume or not folder.exists()
-    assert is_free, f"{folder} exists: --resume it, or choose another --name"
-    assert args.height % 16 == args.width % 16 == 0, "--height and --width: multiples of 16 only"
-    assert N * WORLD_SIZE == args.images, "--images: no multiple of the number of processes"
-    assert N % args.updates == N % K == 0, "--images: no multiple of --updates and --group-size"
-    assert args.algorithm != "sf" or args.updates == 1, "--algorithm sf: one update per epoch"
     random_steps = args.steps - args.deterministic_steps
-    assert random_steps > 0, "--deterministic-steps leaves no step to train on"
-    assert args.stat_min <= 32, "--stat-min exceeds the 32 rewards that are kept of a prompt"
 
-    if args.wandb and RANK == 0:
-        import wandb
-
-        project, _, run_id = args.wandb.partition("/")
-        options = {"name": folder.name, "config": asdict(args), "resume": "allow"}
-        run = wandb.init(project=project, id=run_id or None, **options)
-        args.wandb = f"{project}/{run.id}"  # where a resumed run goes on
-
-    # Prompts, and rewards that can score them
+    # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    if args.epochs:
-        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))  # if any is left
+    if args.epochs:  # is any left to train on? or it raises
+        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))
     rewards.check(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
-    if args.eval_rewards and RANK == 0:  # only process 0 evaluates
+    if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)
+    if args.wandb and PROCESS == 0:
+        import wandb
 
-    # The model, its adapters, the optimizer of the first
+        wandb.init(project=args.wandb, id=folder.name, config=asdict(args), resume="allow")
+
+    # The model, its adapters, and the optimizer of `policy`
     torch.manual_seed(args.seed)
     pipe, model = load_pipeline(args, device)
     scale = pipe.vae_scale_factor
@@ -640,16 +675,17 @@ def train(args):
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        unknown = model.network.load_state_dict(state["adapters"], strict=False).unexpected_keys
-        assert not unknown, f"{folder} has trained another model: {unknown[:3]}"
+        if unknown := model.network.load_state_dict(state["adapters"], False).unexpected_keys:
+            raise ValueError(f"{folder} has trained another model: {unknown[:3]}")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
         history = state["history"]
-    if RANK == 0:
+    if PROCESS == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        print(f"{folder}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
 
     def log(split, R, values):
         values = {"reward": R.mean().item(), **values}
@@ -659,33 +695,38 @@ def train(args):
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
-        """Draw held-out prompts with `ema`, always from the same noise; score, save, show them."""
+        """Draw held-out prompts with `ema`, from the same x_T each time and without other noise;
+        score, save, show them."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
-        rows = batches(0, len(held_out), args.micro_batch)
+        micro_batches = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
-            x0, _, _ = rollout(model, noise.to(device), held_out_cond, uncond, rows, 0, args)
+            x0, _, _ = rollout(
+                model, noise.to(device), held_out_cond, uncond, micro_batches, 0, args
+            )
         images = decode(pipe, x0)
-        R, values = reward.score(images, *zip(*held_out))
+        R, values = reward.score(images, *zip(*held_out))  # values: {name: mean score}
         if args.eval_rewards:
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         out = folder / f"epoch-{progress['epoch']:04d}"
-        tensors = lora_state_dict(layers, "ema")
+        tensors = adapter_tensors(layers, "ema")
         pipe.save_lora_weights(out, **{f"{model.prefix}_lora_layers": tensors})
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
     sent = len(metrics)  # to Weights & Biases
-    if progress["epoch"] == 0 and RANK == 0:
+    if progress["epoch"] == 0 and PROCESS == 0:
         evaluate()
     per_update = N // args.updates
     starts = range(0, N, per_update)
-    # For each update a list of micro-batches, in which its images are also drawn.
+    # For each update a list of micro-batches, in which its images are also drawn (see `guided`):
+    # that is why images are not shuffled.
     rollout_updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        seed = random.Random(f"{args.seed} {epoch} {RANK}").getrandbits(63)
+        # A text seeds Python's generator by its hash: nearby epochs and processes share nothing.
+        seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
         # 1. Roll out.
@@ -701,15 +742,15 @@ def train(args):
 
         # 2. Score.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
-        R, values = reward.score(images, prompts, metadata)
-        shards = [(R, values, prompts)] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(shards, (R, values, prompts))
-        R = torch.cat([R for R, _, _ in shards])
+        own_R, values = reward.score(images, prompts, metadata)
+        shards = [(own_R, values, prompts)] * PROCESSES
+        if PROCESSES > 1:
+            dist.all_gather_object(shards, (own_R, values, prompts))
+        R = torch.cat([shard_R for shard_R, _, _ in shards])
         values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in values}
-        all_prompts = [prompt for _, _, prompts in shards for prompt in prompts]
+        all_prompts = [prompt for _, _, drawn in shards for prompt in drawn]
         all_A = prompt_advantages(history, all_prompts, R, args.stat_min).to(device)
-        own = slice(RANK * N, (RANK + 1) * N)
+        own = slice(PROCESS * N, (PROCESS + 1) * N)
         A = all_A[own]
         clock.append(time.perf_counter())
 
@@ -741,13 +782,13 @@ def train(args):
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / len(updates) * term.detach()
-            if update == 0 and not is_regression:
+            if update == 0 and not is_regression:  # totals are shares of all updates
                 values["first_ratio_error"] = totals["ratio_error"].item() * len(updates)
-            if WORLD_SIZE > 1:
+            if PROCESSES > 1:
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / WORLD_SIZE, gradients)
+                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # in place
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / len(updates)
             optimizer.step()
@@ -766,7 +807,7 @@ def train(args):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        if RANK > 0:
+        if PROCESS > 0:
             continue
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
@@ -781,7 +822,7 @@ def train(args):
             for line in metrics[sent:]:
                 wandb.log({f"{line['split']}/{name}": line[name] for name in line})
             sent = len(metrics)
-    if WORLD_SIZE > 1:
+    if PROCESSES > 1:
         dist.barrier()
         dist.destroy_process_group()
     return folder
@@ -790,14 +831,14 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args(argv)  # for the preset; parsed again with its defaults
     name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
     updates = 1 if flags.algorithm == "sf" else 4
     parser.set_defaults(**{"name": name, "updates": updates, **PRESETS[flags.preset]})
     if flags.resume:
         saved = json.loads(Path(flags.resume, "args.json").read_text())
-        is_ours = saved.keys() == asdict(Settings()).keys()
-        assert is_ours, f"{flags.resume} holds no run of ddpo.py"
+        if saved.keys() != asdict(Settings()).keys():
+            raise ValueError(f"{flags.resume} holds no run of ddpo.py")
         parser.set_defaults(**saved)
     return parser.parse_args_into_dataclasses(argv)[0]
 
