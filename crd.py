@@ -4,36 +4,39 @@ Fine-tune a flow-matching text-to-image model so that its images score higher un
 What a reader who knows PPO would not expect:
 
 1. No policy gradient: the log-ratio of policy and reference is regressed on the reward.
-2. No trajectories: a finished image is noised and its noise predicted, at a few noise levels, so
-   any ODE sampler will do.
-3. No classifier-free guidance in sampling: a penalty, the anchor, teaches it to the policy.
+2. No trajectories: a finished image is noised and its velocity predicted, at a few noise levels,
+   so any ODE sampler will do.
+3. No classifier-free guidance in sampling: a penalty, the anchor, teaches the policy what the
+   pretrained model does with guidance.
 
-Why it works: for a reward s, max_p E_p[s] - beta KL(p || p_old) has the optimum
-p* = p_old exp(s / beta) / Z, so s = beta log(p* / p_old) + beta log Z for any image, whoever drew
-it. Z is intractable but depends on the prompt alone: subtract, on both sides, the mean over a
-group, K images of one prompt, and it is gone.
+Why it works: max_p E_p[R] - beta KL(p || p_old) has the optimum p* = p_old exp(R / beta) / Z, so
+R = beta log(p* / p_old) + beta log Z for any image, whoever drew it. Z is intractable but depends
+on the prompt alone: subtract, on both sides, the mean over a group, K images of one prompt, and it
+is gone.
 
     x0, noise, sigma   an image's latents, Gaussian noise, noise level in [0, 1]
     x, u               the noised image (1 - sigma) x0 + sigma noise; its velocity, noise - x0
     v, v_old, v_ref    u as predicted by the policy, by the reference `old`, and by the
                        pretrained model with guidance
     rho                how much better than `old` the policy denoises: stands for log(p / p_old)
-    R, s               an image's reward; its advantage, clipped to +-clip and scaled to [0, 1]
-    n, kappa           R scaled to [0, 1] by the reward's own range; the anchor's weight at n = 1
-    mean, mean_i,      over the latents of an image, over images, over the images of a group;
-    mean_K, sg         no gradient through this
+    R, A               an image's reward; its advantage, at most `clip`, which is 5, to either side
+    s                  stands for R in the loss: A scaled to [0, 1]
+    n                  R scaled to [0, 1] by the reward's own range
+    kappa              weight of the anchor where n = 1; kappa_min where n = 0
+    mean               over the latents of an image; mean_i over images, mean_K over a group
 
-    rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,  m = sg(mean |v - u|)   implicit_reward
-    L   = clip / beta mean_i [beta (rho_i - sg(mean_K rho)) - (s_i - mean_K s)]^2         crd_loss
-          + mean_i kappa_i mean (v - v_ref)^2,  kappa_i = kappa_min + n_i (kappa - kappa_min)
-                                                                                       anchor_loss
+    rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
+          with m = mean |v - u| and m_old = mean |v_old - u| as constants, without gradient
+    L   = clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2             crd_loss
+          + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-One frozen model carries four LoRA adapters:
+clip / beta is such that at rho = 0 the first term has the gradient of -mean_i A_i rho_i. One frozen
+model carries four LoRA adapters, of which three are moving averages of the first:
 
     policy    trained
-    sampler   draws the images: an EMA of the policy that starts fast, so that images are recent
-    old       the reference: an EMA that lags from the start, so that rho does not collapse to 0
-    ema       evaluated and saved: an EMA that smooths over the last optimizer steps
+    sampler   draws the images; follows once per epoch, at first closely, so that images are recent
+    old       the reference; follows once per epoch, always behind, so that rho does not vanish
+    ema       evaluated and saved; follows after every optimizer step
 
 Every epoch, `train` draws K images of each prompt with `sampler` (generate), scores them
 (reward_targets), takes optimizer steps on L (objective), and lets `old` and `sampler` follow the
@@ -71,7 +74,7 @@ import rewards
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DECAY = "its decay, once per epoch: start_step start_value slope end_value of `ema_decay`"
+DECAY = "START VALUE SLOPE END: its decay, once per epoch, by `ema_decay` of the optimizer step"
 
 
 def arg(default, help):
@@ -86,7 +89,7 @@ class Settings:
 
     # model
     preset: Literal["ocr", "geneval", "tiny"] | None = arg(
-        None, "other defaults; if not given, ocr where --reward has ocr, else geneval"
+        None, "other defaults; if not given, by --reward: ocr for ocr, geneval for any other"
     )
     model: str = arg("stabilityai/stable-diffusion-3.5-medium", "folder or repo")
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
@@ -97,23 +100,23 @@ class Settings:
     alpha: float = arg(64, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("ocr", "name[@path-or-repo][:weight], by commas: a sum")
+    reward: str = arg("ocr", "name[@path-or-repo][:weight], or a sum of such, by commas")
     prompts: str | None = arg(None, "generator or file; default: the reward's own")
     groups: int = arg(48, "prompts per epoch, in all processes")
     group_size: int = arg(24, "images per prompt, K")
-    rollout_steps: int = arg(10, "sampler steps of a rollout")
+    rollout_steps: int = arg(10, "ODE steps of a rollout")
     # loss
     beta: float = arg(1.0, "strength of the KL to `old`: scale of rho in the loss")
-    tau: float = arg(math.inf, "temperature of the weights in a group's means; inf: all equal")
+    tau: float = arg(math.inf, "temperature of the weights in mean_K, see `crd_loss`; inf: equal")
     reward_weight: float = arg(1.0, "weight of the CRD loss; 0: the anchor alone")
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
-    anchor_adaptive: bool = arg(True, "the anchor's weight grows with the reward; else kappa")
-    train_timesteps: int = arg(9, "noise levels per step, drawn from the rollout's")
+    anchor_adaptive: bool = arg(True, "its weight grows with the reward; else n = 1 for all images")
+    train_timesteps: int = arg(9, "noise levels per optimizer step, drawn from the rollout's")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
-    micro_batch: int = arg(24, "images at once, in sampling as in training: whole groups")
+    micro_batch: int = arg(24, "images at once, at most, in sampling as in training: whole groups")
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
@@ -121,21 +124,21 @@ class Settings:
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
-    name: str | None = arg(None, "the run's folder is runs/NAME; default: crd-PRESET-seedSEED")
+    name: str | None = arg(None, "folder runs/NAME; default: crd-PRESET-seedSEED or by rewards")
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
     eval_images: int = arg(128, "held-out prompts, an image each, always from the same noise")
-    eval_steps: int = arg(40, "sampler steps of an evaluation")
+    eval_steps: int = arg(40, "ODE steps of an evaluation")
     eval_guidance: float = arg(1.0, "guidance of evaluations; rollouts have none")
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
-    eval_prompts: str | None = arg(None, "evaluate on this file instead, on all of it")
+    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file instead")
     resume: str | None = arg(None, "continue the run in this folder")
     wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
-    "ocr": dict(
+    "ocr": dict(  # in the end both are nearly frozen: images off-policy, by a fixed reference
         reward="ocr", steps_per_epoch=2,
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
     ),
@@ -151,7 +154,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# The mathematics. Latents have any shape (B, ...); groups are side by side.
+# The mathematics. Latents have any shape (B, ...); the K images of a group are consecutive.
 
 
 def reward_targets(R, group_size, clip=5.0):
@@ -159,6 +162,7 @@ def reward_targets(R, group_size, clip=5.0):
 
     R (N,), whole groups -> s (N,) in [0, 1]. The mean is a group's, as Z is a prompt's; the
     standard deviation is that of all N, so that prompts whose images differ little count little.
+    The 1/2, from DiffusionNFT, cancels in crd_loss.
     """
     groups = R.view(-1, group_size)
     centered = groups - groups.mean(1, keepdim=True)
@@ -176,7 +180,7 @@ def implicit_reward(v, v_old, u):
     """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
     By the ELBO, the negative denoising error stands for a log-likelihood (paper, sec. 3). The
-    weights m = sg(mean |v - u|) even out the sigmas (DiffusionNFT, arXiv 2509.16117).
+    constants m = mean |v - u| even out the sigmas (DiffusionNFT, arXiv 2509.16117).
     """
 
     def weighted_error(prediction):
@@ -188,17 +192,17 @@ def implicit_reward(v, v_old, u):
 
 
 def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
-    """clip / beta mean_i [beta (rho_i - sg(mean_K rho)) - (s_i - mean_K s)]^2; rho, s (B,).
+    """clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,).
 
-    The factor gives it, where rho is 0, the gradient of -mean_i A_i rho_i, whatever clip and beta.
-    If tau is finite, means are weighted: images are compared with the best of their group, weights
-    softmax(s / tau), and with the worst, softmax(-s / tau), and the loss is the mean of both.
+    By clip / beta, the gradient at rho = 0 is that of -mean_i A_i rho_i. If tau is finite, mean_K
+    has weights: softmax(s / tau), to compare with the best of the group, and softmax(-s / tau),
+    with the worst; the loss is the mean of both.
     """
     rho = rho.view(-1, group_size)
     s = s.view(-1, group_size)
 
-    def loss(weights):
-        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
+    def loss(weights):  # a number, or (groups, K)
+        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)  # constant; matters for finite tau
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
         return clip / beta * residual.square().mean()
@@ -211,15 +215,16 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
 def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
-    The KL to the model of v_ref, up to a weight per sigma: weak for images of low reward n (B,) in
-    [0, 1], which have much to learn, strong where the reward might be exploited.
+    The KL to the model of v_ref, up to a weight per sigma. The penalty is weak for images of low
+    reward n (B,) in [0, 1], which have much to learn, strong where the reward might be exploited.
     """
     kappas = kappa_min + n * (kappa - kappa_min)
-    return (kappas * (v - v_ref).square().flatten(1).mean(1)).mean()
+    error = (v.float() - v_ref.float()).flatten(1)
+    return (kappas * error.square().mean(1)).mean()
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """L at one sigma, for whole groups, as "loss", and its terms. v_ref: None without anchor."""
+    """{"loss": L at one sigma, for whole groups, and its terms}. v_ref: None without an anchor."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -232,8 +237,7 @@ def objective(v, v_old, v_ref, u, s, n, args):
 
 
 def ema_decay(step, start_step, start_value, slope, end_value):
-    """What an EMA keeps of itself: start_value at first, from start_step on a ramp, at last
-    end_value. step counts optimizer steps."""
+    """start_value until optimizer step start_step, then a rise by slope a step up to end_value."""
     if step < start_step:
         return start_value
     return min(start_value + slope * (step - start_step), end_value)
@@ -242,10 +246,10 @@ def ema_decay(step, start_step, start_value, slope, end_value):
 def sample_ode(velocity, noise, sigmas):
     """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
 
-    velocity(x, sigma ()) -> v (B, ...); noise (B, ...); sigmas (S + 1,), descending to 0. A step
-    from s to t is x_t = D + t / s (x_s - D). In Euler's method D is the predicted image x0. Here it
-    is extrapolated from the last two x0 in log-SNR, except where that is infinite, at sigma 1 and
-    0, and in a step more than twice as long as the last: extrapolation would overshoot.
+    velocity: a function of x (B, ...) and sigma (); noise (B, ...); sigmas (S + 1,), descending to
+    0. A step from sigma to t is x_t = D + t / sigma (x - D). In Euler's method D is the predicted
+    image x0. Here D is extrapolated from the last two x0 in log-SNR, except where that is infinite,
+    at sigma 1 and 0, and where a step is over twice as long as the last: D would overshoot.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
@@ -253,12 +257,12 @@ def sample_ode(velocity, noise, sigmas):
     x = noise
     last_x0 = None
     last_gap = 0.0
-    for s, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
-        x0 = x - s * velocity(x, s)
+    for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
+        x0 = x - sigma * velocity(x, sigma)
         D = x0
-        if gap <= 2 * last_gap < math.inf:
+        if gap <= 2 * last_gap < math.inf:  # not in the first step, nor if either gap is infinite
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
-        x = D + t / s * (x - D)
+        x = D + t / sigma * (x - D)
         last_x0 = x0
         last_gap = gap
     return x
@@ -272,8 +276,8 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies, since averages of A
-    and of B make an average of the updates B A only while the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
+    averages their product only approximately, for adapters that are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -291,8 +295,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # 2-D: a 3-D matmul can pick another kernel under autograd, round differently, and then
-        # equal adapters would not predict the same.
+        # Flattened to 2-D, as a 3-D matmul can pick another kernel under autograd and round
+        # differently: then equal adapters would not predict the same.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -312,8 +316,8 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Afterwards `policy` is active again, with
-    which backward() has to recompute checkpointed blocks: call it outside."""
+    """Compute with adapter `name`; None: as pretrained. Call backward() outside, where `policy` is
+    active again: checkpointed blocks are recomputed with the adapter that is active then."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -344,7 +348,7 @@ def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     what the network is called in the pipeline."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # only peft saves one
+    config = config or {}  # only files that peft saved have one
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -361,8 +365,8 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    torch's own runs a block under autograd from the start, where it can take other kernels than
-    without, as in sampling, and round differently. Limits: no dropout, and no autocast around the
+    torch.utils.checkpoint runs the forward pass with gradients enabled, where kernels can differ
+    from those of sampling and round differently. Limits: no dropout, and no autocast around the
     forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
     gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
     or autograd would ignore a block with frozen inputs.
@@ -407,7 +411,8 @@ MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 def load_pipeline(args, device):
     """The pretrained pipeline, frozen, its text encoders on the CPU; and the latents' shape.
 
-    Part by part: of a missing tensor, then random, `from_pretrained` of the whole only warns.
+    Loaded part by part, as a pipeline's `from_pretrained` only warns of weights that a file lacks,
+    and leaves them random.
     """
     pipeline_class = diffusers.StableDiffusion3Pipeline
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -418,7 +423,8 @@ def load_pipeline(args, device):
             parts[name] = None
         elif name == "vae" or name.startswith(("transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
-            # Else buffers, such as positions, would be in bf16 where accelerate is installed.
+            # False, or accelerate, if installed, would put buffers, such as positions, into bf16.
+            # But diffusers demands True of a class with parts to keep in float32.
             options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
                 args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
@@ -430,8 +436,8 @@ def load_pipeline(args, device):
     is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
     if not is_flow or pipe.scheduler.config.use_dynamic_shifting:
         raise ValueError(f"{args.model}: no FlowMatchEulerDiscreteScheduler with a static shift")
-    # diffusers converts nothing where a file's first tensor is in bf16. What the model's class says
-    # stays in float32.
+    # Where a file's first tensor is in bf16, diffusers converts none: so convert all here, but the
+    # parts that the class keeps in float32.
     in_float32 = set(pipe.transformer._keep_in_fp32_modules or ())
     for name, p in pipe.transformer.named_parameters():
         if in_float32.isdisjoint(name.split(".")):
@@ -455,7 +461,7 @@ def encode(pipe, prompts, args):
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    cpu_weights = [encoder.state_dict() for encoder in encoders]
+    cpu_weights = [encoder.state_dict() for encoder in encoders]  # taken back below
     for encoder in encoders:
         encoder.to(device)
     embeds, _, pooled, _ = pipe.encode_prompt(
@@ -463,7 +469,7 @@ def encode(pipe, prompts, args):
         max_sequence_length=args.max_sequence_length,
     )  # fmt: skip
     for encoder, weights in zip(encoders, cpu_weights):
-        encoder.load_state_dict(weights, assign=True)  # nothing is copied back
+        encoder.load_state_dict(weights, assign=True)
     return [embeds, pooled]
 
 
@@ -471,7 +477,7 @@ def velocity(pipe, x, sigma, cond, uncond=None, guidance=1.0):
     """v(x, sigma, cond); with guidance, v(uncond) + guidance (v(cond) - v(uncond)).
 
     x (B, C, h, w), sigma () -> (B, C, h, w) float32. cond: what `encode` gives for B prompts;
-    uncond: for one, "". (Classifier-free guidance, arXiv 2207.12598.)
+    uncond: the same for one empty prompt. (Classifier-free guidance, arXiv 2207.12598.)
     """
     if guidance != 1.0:
         both = [torch.cat([e.expand_as(c), c]) for e, c in zip(uncond, cond)]
@@ -554,10 +560,11 @@ def train(args):
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    if args.epochs:  # is any left to train on? or it raises
-        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))
+    if args.epochs:  # an error now if the held-out prompts leave none to train on
+        next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
+    rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
-    reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
+    reward = rewards.load(args.reward, device)
     if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)
     if args.wandb and PROCESS == 0:
@@ -631,7 +638,7 @@ def train(args):
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        # A text seeds Python's generator by its hash: nearby epochs and processes share nothing.
+        # A string seeds Python's generator by its hash, so that nearby epochs share nothing.
         seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -656,6 +663,7 @@ def train(args):
         if PROCESSES > 1:
             dist.all_gather_object(shards, (own_R, values))
         R = torch.cat([shard_R for shard_R, _ in shards])
+        # A process may lack a number, as of a task of GenEval's that it did not draw.
         values = {name: fmean(v[name] for _, v in shards if name in v) for name in values}
         s = reward_targets(R, K)[PROCESS * N : (PROCESS + 1) * N].to(device)
         clock.append(time.perf_counter())
@@ -688,7 +696,7 @@ def train(args):
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # in place
+                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # sets p.grad
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / args.steps_per_epoch
             optimizer.step()
@@ -707,7 +715,7 @@ def train(args):
         progress["images"] += len(R)
         progress["seconds"] += clock[-1] - clock[0]
         values |= {name: total.item() for name, total in totals.items()}
-        values["rho_std"] = values.pop("rho_variance") ** 0.5  # within a group
+        values["rho_std"] = values.pop("rho_variance") ** 0.5  # within a group, over the epoch
         for i, phase in enumerate(("rollout", "reward", "train")):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":

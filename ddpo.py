@@ -82,7 +82,7 @@ class Settings:
     alpha: float = arg(32, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("compressibility", "name[@path-or-repo][:weight], by commas: a sum")
+    reward: str = arg("compressibility", "name[@path-or-repo][:weight], or a sum, by commas")
     prompts: str | None = arg(None, "generator or file; default: the reward's own")
     images: int = arg(256, "images per epoch, in all processes")
     group_size: int = arg(1, "images per prompt in an epoch")
@@ -112,7 +112,7 @@ class Settings:
     eval_every: int = arg(10, "epochs between evaluations")
     eval_images: int = arg(128, "held-out prompts, an image each, always from the same noise")
     eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
-    eval_prompts: str | None = arg(None, "evaluate on this file instead, on all of it")
+    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file instead")
     resume: str | None = arg(None, "continue the run in this folder")
     wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
@@ -326,8 +326,8 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies, since averages of A
-    and of B make an average of the updates B A only while the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
+    averages their product only approximately, for adapters that are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -345,8 +345,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # 2-D: a 3-D matmul can pick another kernel under autograd, round differently, and then
-        # equal adapters would not predict the same.
+        # Flattened to 2-D, as a 3-D matmul can pick another kernel under autograd and round
+        # differently: then equal adapters would not predict the same.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -366,8 +366,8 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Afterwards `policy` is active again, with
-    which backward() has to recompute checkpointed blocks: call it outside."""
+    """Compute with adapter `name`; None: as pretrained. Call backward() outside, where `policy` is
+    active again: checkpointed blocks are recomputed with the adapter that is active then."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -398,7 +398,7 @@ def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     what the network is called in the pipeline."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # only peft saves one
+    config = config or {}  # only files that peft saved have one
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -415,8 +415,8 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    torch's own runs a block under autograd from the start, where it can take other kernels than
-    without, as in sampling, and round differently. Limits: no dropout, and no autocast around the
+    torch.utils.checkpoint runs the forward pass with gradients enabled, where kernels can differ
+    from those of sampling and round differently. Limits: no dropout, and no autocast around the
     forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
     gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
     or autograd would ignore a block with frozen inputs.
@@ -527,7 +527,8 @@ class StableDiffusion3:
 def load_pipeline(args, device):
     """The pretrained pipeline, frozen, its text encoders on the CPU, and its model, as above.
 
-    Part by part: of a missing tensor, then random, `from_pretrained` of the whole only warns.
+    Loaded part by part, as a pipeline's `from_pretrained` only warns of weights that a file lacks,
+    and leaves them random.
     """
     models = {
         "StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3
@@ -542,7 +543,8 @@ def load_pipeline(args, device):
             parts[name] = None
         elif name == "vae" or name.startswith(("unet", "transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
-            # Else buffers, such as positions, would be in bf16 where accelerate is installed.
+            # False, or accelerate, if installed, would put buffers, such as positions, into bf16.
+            # But diffusers demands True of a class with parts to keep in float32.
             options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
                 args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
@@ -553,8 +555,8 @@ def load_pipeline(args, device):
     pipeline_class = getattr(diffusers, config["_class_name"])
     pipe = pipeline_class.from_pretrained(args.model, **parts)
     model = models[config["_class_name"]](pipe, args, device)
-    # diffusers converts nothing where a file's first tensor is in bf16. What the model's class says
-    # stays in float32.
+    # Where a file's first tensor is in bf16, diffusers converts none: so convert all here, but the
+    # parts that the class keeps in float32.
     in_float32 = set(model.network._keep_in_fp32_modules or ())
     for name, p in model.network.named_parameters():
         if in_float32.isdisjoint(name.split(".")):
@@ -571,7 +573,7 @@ def encode(pipe, model, prompts):
     device = pipe.vae.device
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    cpu_weights = [encoder.state_dict() for encoder in encoders]
+    cpu_weights = [encoder.state_dict() for encoder in encoders]  # taken back below
     for encoder in encoders:
         encoder.to(device)
     parts = pipe.encode_prompt(
@@ -579,7 +581,7 @@ def encode(pipe, model, prompts):
         do_classifier_free_guidance=False, **model.text_options,
     )  # fmt: skip
     for encoder, weights in zip(encoders, cpu_weights):
-        encoder.load_state_dict(weights, assign=True)  # nothing is copied back
+        encoder.load_state_dict(weights, assign=True)
     return [part for part in parts if part is not None]
 
 
@@ -638,10 +640,11 @@ def train(args):
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    if args.epochs:  # is any left to train on? or it raises
-        next(rewards.prompts(source, "train", args.seed, args.eval_prompts))
+    if args.epochs:  # an error now if the held-out prompts leave none to train on
+        next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
+    rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
-    reward = rewards.load(args.reward, device, held_out + rewards.read_prompts(source))
+    reward = rewards.load(args.reward, device)
     if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)
     if args.wandb and PROCESS == 0:
@@ -725,7 +728,7 @@ def train(args):
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        # A text seeds Python's generator by its hash: nearby epochs and processes share nothing.
+        # A string seeds Python's generator by its hash, so that nearby epochs share nothing.
         seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -747,6 +750,7 @@ def train(args):
         if PROCESSES > 1:
             dist.all_gather_object(shards, (own_R, values, prompts))
         R = torch.cat([shard_R for shard_R, _, _ in shards])
+        # A process may lack a number, as of a task of GenEval's that it did not draw.
         values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in values}
         all_prompts = [prompt for _, _, drawn in shards for prompt in drawn]
         all_A = prompt_advantages(history, all_prompts, R, args.stat_min).to(device)
@@ -788,7 +792,7 @@ def train(args):
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # in place
+                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # sets p.grad
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / len(updates)
             optimizer.step()

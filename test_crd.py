@@ -18,6 +18,7 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_sample_ode_is_never_less_accurate_than_euler(shift, steps):
     sigmas = scheduler.sigmas.double()
     ratio = sampling_error(crd.sample_ode, sigmas, 0.25) / sampling_error(euler, sigmas, 0.25)
     assert ratio < (1 + 1e-9 if steps == 4 else 0.97)
+
+
+@parametrize("ratio, is_euler", [(1.9, False), (2.1, True)])
+def test_a_step_over_twice_as_long_as_the_last_is_eulers(ratio, is_euler):
+    """In log-SNR."""
+    log_snr = torch.tensor([-1.0, 0.0, ratio, math.inf], dtype=torch.float64)
+    sigmas = torch.sigmoid(-log_snr)
+    noise = randn(50, 1, dtype=torch.float64)
+    ours, eulers = (
+        sampler(lambda x, sigma: gaussian_velocity(x, sigma, 0.7, 0.5), noise, sigmas)
+        for sampler in (crd.sample_ode, euler)
+    )
+    assert torch.allclose(ours, eulers) == is_euler
 
 
 def test_sample_ode_refuses_sigmas_that_do_not_descend_to_0():
@@ -344,6 +358,11 @@ def test_advantages_use_a_prompts_own_statistics_once_there_are_enough():
     A = ddpo.prompt_advantages(history, ["cat", "cat"], torch.tensor([0.0, 4.0]), 3, buffer=4)
     last_four = torch.tensor([2.0, 6.0, 0.0, 4.0])  # the buffer forgets the 1
     assert_close(A, (last_four[2:] - 3) / (last_four.std(correction=0) + 1e-6))
+    history = {}
+    R = torch.arange(40.0)
+    A = ddpo.prompt_advantages(history, ["cat"] * 40, R)
+    assert history == {"cat": R[-32:].tolist()}
+    assert_close(A[39], (39 - R[-32:].mean()) / R[-32:].std(correction=0))
     equal = torch.full((20,), 0.3)
     assert ddpo.prompt_advantages({}, ["bird"] * 20, equal).abs().max() < 1e-5
     outlier = torch.tensor([0.0] * 99 + [1.0])
@@ -443,6 +462,7 @@ def test_checkpointing_changes_memory_and_no_gradient(dtype):
 
         with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
             v = predict(pipe, layers, "policy")
+        assert v.dtype == torch.float32
         v.square().sum().backward()
         found.append((gradients(pipe.transformer.parameters()), sum(sizes.values())))
         with torch.no_grad():
@@ -537,7 +557,7 @@ def sd1(tmp_path_factory):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+    scheduler = diffusers.DDIMScheduler()  # its settings are not those of Stable Diffusion
     parts = vae, text_encoder, tokenizer, unet, scheduler, None, None
     pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.save_pretrained(path)
@@ -545,9 +565,12 @@ def sd1(tmp_path_factory):
 
 
 def test_stable_diffusions_sampler_is_ddim_as_ddim_step_has_it(sd1):
-    """Whatever the folder says; here, set_alpha_to_one=True."""
-    _, model = ddpo.load_pipeline(short(ddpo, **sd1), CPU)
+    """Whatever the folder says; but a model that predicts something else is refused."""
+    pipe, model = ddpo.load_pipeline(short(ddpo, **sd1), CPU)
     assert DDIM.items() <= dict(model.scheduler.config).items()
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="predicts no noise"):
+        ddpo.StableDiffusion(pipe, short(ddpo), CPU)
 
 
 @parametrize("script, settings", [
@@ -585,8 +608,13 @@ import torch, rewards, test_crd
 from test_crd import {name} as script
 
 seen = []
+own = []
 loss, score = script.{loss}, rewards.Incompressibility.score_all
-clip = torch.nn.utils.clip_grad_norm_
+clip, all_reduce = torch.nn.utils.clip_grad_norm_, torch.distributed.all_reduce
+
+def spy_all_reduce(flat):
+    own[:] = [flat.clone()]
+    return all_reduce(flat)
 
 def spy_loss(*args, **options):
     seen.append(args[{A}])
@@ -598,13 +626,14 @@ def spy_score(self, *args):
     return result
 
 def spy_clip(parameters, *args, **options):
-    gradients = [p.grad.clone() for p in parameters]
-    torch.save((gradients, seen), f"seen-{{script.PROCESS}}.pt")
+    gradients = torch.cat([p.grad.flatten() for p in parameters])
+    torch.save((gradients, seen, own), f"seen-{{script.PROCESS}}.pt")
     return clip(parameters, *args, **options)
 
 script.{loss} = spy_loss
 rewards.Incompressibility.score_all = spy_score
 torch.nn.utils.clip_grad_norm_ = spy_clip
+torch.distributed.all_reduce = spy_all_reduce
 script.train(test_crd.short(script, name="two", epochs=2, **{settings}))
 """
 
@@ -621,6 +650,8 @@ def test_two_processes_stay_identical_and_finish(run, script):
     subprocess.run([*torchrun, "--nproc-per-node=2", "both.py"], check=True)
     first, second = (torch.load(f"seen-{rank}.pt") for rank in (0, 1))
     assert_close(first[0], second[0], rtol=0, atol=0)
+    assert not torch.equal(first[2][0], second[2][0])
+    assert_close(first[0], (first[2][0] + second[2][0]) / 2)
     R = torch.cat([first[1][0], second[1][0]])
     assert len(set(R.tolist())) == len(R) == 8
     if script is crd:
@@ -633,6 +664,9 @@ def test_two_processes_stay_identical_and_finish(run, script):
     assert lines[-1]["images"] == 2 * 8
     assert lines[-2]["reward"] == pytest.approx(R.mean().item())
     assert lines[-2]["incompressibility"] == pytest.approx(R.mean().item())
+    if script is ddpo:
+        history = torch.load("runs/two/state.pt")["history"]
+        assert [len(x) for x in history.values()] == [2] * 8  # of four prompts an epoch
 
 
 # Two epochs of each algorithm, at settings that all matter: no weight is 1 and none 0, updates have
@@ -675,17 +709,17 @@ GOLDEN = {
 """,
     "ddpo rwr, DDIM": """
     eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
-    train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 1.146 grad_norm 0.07874
+    train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 1.144 grad_norm 0.07703
     eval 1 reward 1.397 own.red 0.4631 own.left 0.4704
-    train 2 reward 1.394 own.red 0.4628 own.left 0.4685 loss 1.13 grad_norm 0.06599
+    train 2 reward 1.394 own.red 0.4628 own.left 0.4685 loss 1.129 grad_norm 0.06574
     eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
 """,
     "ddpo rwr-sparse": """
     eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-    train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.3807 grad_norm 0.3323
-    eval 1 reward 1.251 own.red 0.416 own.left 0.4191
-    train 2 reward 1.285 own.red 0.4128 own.left 0.4595 loss 0.4675 grad_norm 0.3802
-    eval 2 reward 1.26 own.red 0.4177 own.left 0.4245
+    train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.3855 grad_norm 0.2212
+    eval 1 reward 1.261 own.red 0.4202 own.left 0.4202
+    train 2 reward 1.293 own.red 0.4171 own.left 0.4587 loss 0.4764 grad_norm 0.3076
+    eval 2 reward 1.283 own.red 0.428 own.left 0.4274
 """,
 }
 
@@ -710,8 +744,8 @@ def golden_settings(name, sd1):
         "ddpo is": (ddpo, both_ddpo),
         "ddpo sf": (ddpo, both_ddpo | dict(algorithm="sf", updates=1, micro_batch=8)),
         "ddpo is, DDIM": (ddpo, unet),
-        "ddpo rwr, DDIM": (ddpo, unet | dict(algorithm="rwr")),
-        "ddpo rwr-sparse": (ddpo, both_ddpo | dict(algorithm="rwr-sparse")),
+        "ddpo rwr, DDIM": (ddpo, unet | dict(algorithm="rwr", temperature=0.5)),
+        "ddpo rwr-sparse": (ddpo, both_ddpo | dict(algorithm="rwr-sparse", keep=0.3)),
     }[name]  # fmt: skip
 
 
@@ -1264,14 +1298,39 @@ def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
 # Command line
 
 
+PAPER = dict(
+    model="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, max_sequence_length=128,
+    rank=32, alpha=64, groups=48, group_size=24, rollout_steps=10, train_timesteps=9, eval_steps=40,
+    lr=3e-4, beta=1, tau=math.inf, reward_weight=1, anchor=0.1, anchor_guidance=4.5, ema=0.9,
+    anchor_adaptive=True, eval_guidance=1, grad_checkpoint=True,
+)  # fmt: skip
+OCR = PAPER | dict(
+    steps_per_epoch=2, old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0, 0.0075, 0.999],
+    preset="ocr",
+)  # fmt: skip
+GENEVAL = PAPER | dict(
+    steps_per_epoch=1, old_decay=[0, 0.25, 0.001, 0.5], sampler_decay=[0, 0, 0.001, 0.5],
+    preset="geneval",
+)  # fmt: skip
+DDPO = dict(
+    model="CompVis/stable-diffusion-v1-4", steps=50, deterministic_steps=0, guidance=5, eta=1,
+    images=256, updates=4, clip=1e-4, stat_min=16, lr=3e-4, temperature=0.2, keep=0.1, ema=0.9,
+    reward="compressibility", algorithm="is",
+)  # fmt: skip
+
+
 @parametrize("script, flags, expected", [
-    (crd, "", dict(reward="ocr", steps_per_epoch=2, old_decay=[0, 0.25, 0.005, 0.999])),
-    (crd, "--reward ocr@here --no-grad-checkpoint", dict(steps_per_epoch=2, grad_checkpoint=False)),
-    (crd, "--reward vlm", dict(reward="vlm", steps_per_epoch=1, sampler_decay=[0, 0, 0.001, 0.5])),
-    (crd, "--preset tiny --lr 0.5", {**crd.PRESETS["tiny"], "lr": 0.5}),
-    (ddpo, "", dict(reward="compressibility", steps=50, guidance=5, updates=4, clip=1e-4)),
-    (ddpo, "--preset sd3", dict(steps=10, deterministic_steps=1, guidance=4.5, noise_level=0.7)),
-    (ddpo, "--algorithm sf", dict(updates=1)),
+    (crd, "", OCR | dict(reward="ocr", name="crd-ocr-seed0")),
+    (crd, "--reward ocr@here --no-grad-checkpoint", OCR | dict(grad_checkpoint=False)),
+    (crd, "--reward pickscore,ocr", OCR | dict(name="crd-pickscore-ocr-seed0")),
+    (crd, "--reward vlm --seed 3", GENEVAL | dict(reward="vlm", name="crd-vlm-seed3")),
+    (crd, "--preset geneval", GENEVAL | dict(reward="geneval", name="crd-geneval-seed0")),
+    (crd, "--preset tiny --lr 0.5", {**crd.PRESETS["tiny"], "lr": 0.5, "name": "crd-tiny-seed0"}),
+    (ddpo, "", DDPO | dict(name="ddpo-sd1-is-seed0")),
+    (ddpo, "--preset sd3", DDPO | dict(
+        model="stabilityai/stable-diffusion-3.5-medium", steps=10, deterministic_steps=1,
+        guidance=4.5, noise_level=0.7)),
+    (ddpo, "--algorithm sf --seed 2", dict(updates=1, name="ddpo-sd1-sf-seed2")),
 ])  # fmt: skip
 def test_presets_are_the_papers_and_flags_override_them(script, flags, expected):
     args = asdict(script.parse(flags.split()))
@@ -1279,9 +1338,93 @@ def test_presets_are_the_papers_and_flags_override_them(script, flags, expected)
 
 
 @in_both_scripts
+def test_the_optimizer_has_the_papers_settings_and_a_resumed_runs_flags(run, monkeypatch, script):
+    """Which are saved with it."""
+    groups = []
+    step = torch.optim.AdamW.step
+
+    def spy(optimizer):
+        groups.append({k: optimizer.param_groups[0][k] for k in ("lr", "weight_decay", "betas")})
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    folder = run(script, "run", 1, lr=0.1)
+    script.train(script.parse(["--resume", str(folder), "--epochs", "2", "--lr", "0.3"]))
+    assert groups[0] == {"lr": 0.1, "weight_decay": 1e-4, "betas": (0.9, 0.999)}
+    assert groups[-1]["lr"] == 0.3
+    saved = json.loads((folder / "args.json").read_text())
+    assert (saved["epochs"], saved["lr"]) == (2, 0.3)
+
+
+@in_both_scripts
+def test_prompts_are_by_default_those_of_the_trained_reward(run, monkeypatch, script):
+    score = Mock(wraps=lambda images, prompts: [1] * len(images))
+    monkeypatch.setattr(rewards.Incompressibility, "score_batch", score)
+    settings = dict(prompts=None, eval_rewards="color", eval_prompts="red.txt")
+    Path("red.txt").write_text("a red fox")
+    run(script, "run", 1, **settings)
+    drawn = {prompt for call in score.call_args_list[1:-1] for prompt in call.args[1]}
+    assert drawn <= {rewards.phrase(animal) for animal in rewards.ANIMALS}
+
+
+@in_both_scripts
+def test_a_run_stopped_before_its_first_save_starts_anew(run, script):
+    """With its --lora, and an evaluation before training."""
+    lora = run(script, "first", 1, lr=0.1) / "epoch-0001"
+    folder = run(script, "run", 1, lora=str(lora))
+    expected = read_metrics(folder)
+    for name in ("state.pt", "metrics.jsonl"):
+        (folder / name).unlink()
+    script.train(script.parse(["--resume", str(folder)]))
+    assert read_metrics(folder) == expected
+    assert expected[0]["reward"] != read_metrics(lora.parent)[0]["reward"]
+
+
+@in_both_scripts
+def test_seconds_are_those_of_each_phase_and_of_all_epochs(run, monkeypatch, script):
+    score = rewards.Incompressibility.score_batch
+
+    def slow(self, images, prompts):
+        time.sleep(0.3)
+        return score(self, images, prompts)
+
+    monkeypatch.setattr(rewards.Incompressibility, "score_batch", slow)
+    folder = run(script, "run", 2, eval_every=9, eval_images=1)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    trained = [line for line in lines if line["split"] == "train"]
+    for line in trained:
+        assert 0.3 < line["reward_seconds"] < 0.5
+    phases = [x[f"{name}_seconds"] for x in trained for name in ("rollout", "reward", "train")]
+    assert trained[-1]["seconds"] == pytest.approx(sum(phases), rel=0.01)
+
+
+def test_counts_that_processes_do_not_divide_are_refused(monkeypatch):
+    monkeypatch.setattr(crd, "PROCESSES", 4)
+    monkeypatch.setattr(ddpo, "PROCESSES", 4)
+    with pytest.raises(ValueError, match="--groups"):
+        crd.check(short(crd, name="x", groups=6))
+    with pytest.raises(ValueError, match="--images"):
+        ddpo.check(short(ddpo, name="x", images=24, updates=4))
+
+
+@parametrize("script, settings, message", [
+    (crd, dict(group_size=1), "--group-size has to be 2"), (crd, dict(groups=0), "--groups"),
+    (crd, dict(old_decay=[0, 1]), "--old-decay"), (crd, dict(eval_steps=0), "--eval-steps has"),
+    (ddpo, dict(updates=3), "--images"), (ddpo, dict(algorithm="sf", updates=2), "sf: one update"),
+    (ddpo, dict(deterministic_steps=4), "no step to train on"), (ddpo, dict(stat_min=33), "the 32"),
+])  # fmt: skip
+def test_counts_that_make_no_sense_are_refused(script, settings, message):
+    with pytest.raises(ValueError, match=message):
+        script.check(short(script, **{"name": "x", **settings}))
+
+
+@in_both_scripts
 @parametrize("settings, message", [
     (dict(reward="beauty"), "no reward is called 'beauty'"),
-    (dict(height=36), "multiples of 16"),
+    (dict(height=36), "multiples of 16"), (dict(width=40), "multiples of 16"),
+    (dict(eval_rewards="color", prompts="animals"), "reward color cannot score"),
+    (dict(reward="color", eval_rewards="incompressibility", eval_prompts="words.txt"),
+     "words.txt, line 3: reward color cannot score"),
     (dict(model="some/repo", device=None), "--preset tiny"),
     (dict(reward=f"ocr@{TINY}", prompts="animals"), "prompt generator animals: .* quotes"),
     (dict(reward="color", prompts="words.txt"), "words.txt, line 3: .*color.*'a sign'.* red,"),
@@ -1453,8 +1596,13 @@ def test_the_text_networks_see_the_sizes_and_the_channels_of_pp_ocr():
     vars(reward).update(limit=960, limit_type="max", width=320, max_width=3200)
     sizes = [reward.detector_size(size) for size in ((32, 64), (100, 50), (5, 5), (1920, 1080))]
     assert sizes == [(32, 64), (96, 64), (32, 32), (960, 544)]
-    lines = ((10, 21), (40, 266), (40, 267), (40, 268), (7, 100))
-    assert [reward.line_width(size) for size in lines] == [101, 320, 320, 321, 685]
+    lines = ((10, 21), (40, 266), (40, 267), (40, 268), (7, 100), (10, 1000))
+    assert [reward.line_width(size) for size in lines] == [101, 320, 320, 321, 685, 3200]
+    vars(reward).update(limit=736, limit_type="min")
+    sizes = [reward.detector_size(size) for size in ((512, 512), (800, 1000))]
+    assert sizes == [(736, 736), (800, 992)]
+    vars(reward).update(limit=64, limit_type="resize_long")
+    assert [reward.detector_size(size) for size in ((32, 32), (256, 128))] == [(64, 64), (64, 32)]
 
 
 LEFT_PART, RIGHT_PART = (turned((85, 20, 115, 35), degrees) for degrees in (-35, 35))
@@ -1790,7 +1938,8 @@ def objects(prompt):
 
 
 @parametrize("source, text", [
-    ("signs", unquoted), ("ocr", unquoted), ("animals", str), ("geneval", objects),
+    ("signs", unquoted), ("ocr", unquoted), ("animals", str), ("activities", str),
+    ("geneval", objects),
 ])  # fmt: skip
 def test_no_evaluation_prompt_is_trained_on(source, text):
     """Nor its word (`signs`), nor its text (`ocr`), nor its objects in another order (`geneval`).
@@ -1798,6 +1947,8 @@ def test_no_evaluation_prompt_is_trained_on(source, text):
     train = some_prompts(source, "train", count=3000)
     held_out = some_prompts(source, "eval")
     assert len(set(held_out)) == len(held_out) > 3
+    assert len(held_out) < len(set(train)) / 3  # one in eight, if there are many
+    assert len(rewards.prompts(source, "eval")) == 512 or source in ("animals", "activities")
     assert {text(p) for p in train}.isdisjoint({text(p) for p in held_out})
     assert train == some_prompts(source, "train", count=3000)
     assert train != some_prompts(source, "train", seed="0, process 1", count=3000)
@@ -1812,6 +1963,8 @@ def test_each_line_of_a_file_is_for_training_or_for_evaluation(tmp_path):
     held_out = some_prompts(source, "eval")
     assert 0 < len(held_out) < 20
     assert set(some_prompts(source, "train")) == words - set(held_out)
+    orders = [some_prompts(source, "train", seed, 20) for seed in (1, 2)]
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
     few = rewards.held_out_prompts(source, 40)  # a short list comes again
     assert [prompt for prompt, _ in few] == (held_out * 40)[:40]
     assert len(rewards.held_out_prompts("signs", 2, file=source)) == 40
@@ -1861,6 +2014,18 @@ def test_nothing_in_an_evaluation_file_is_trained_on(tmp_path):
         next(stream)
 
 
+def test_a_file_is_split_by_objects_not_by_wording(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = []
+    for a, b in itertools.combinations(rewards.CLASSES[:12], 2):
+        for x, y in ((a, b), (b, a)):
+            lines.append(geneval_line(f"{x}, {y}", "two_object", want(x), want(y)))
+    path.write_text("\n".join(lines))
+    held_out = {frozenset(prompt.split(", ")) for prompt in some_prompts(str(path), "eval")}
+    train = {frozenset(prompt.split(", ")) for prompt in some_prompts(str(path), "train")}
+    assert held_out and held_out.isdisjoint(train)
+
+
 def test_generators_leave_out_an_evaluation_file_and_keep_their_mixture(tmp_path):
     """Here a file of half of what there is to count. If all is left out, nothing can be drawn."""
     path = tmp_path / "held-out.jsonl"
@@ -1892,6 +2057,31 @@ def test_fields_of_a_prompt_file_are_metadata(tmp_path):
     assert rewards.read_prompts(path) == [("a", {"origin": "Paris"})]
 
 
+# Pictures
+
+
+def test_a_contact_sheet_has_each_image_in_its_place(tmp_path):
+    images = [Image.new("RGB", (64, 32), (i * 15, 0, 0)) for i in range(16)]
+    pairs = [("a", {})] * 16
+    rewards.contact_sheet(tmp_path / "sheet.png", images, [0.5] * 16, pairs)
+    sheet = Image.open(tmp_path / "sheet.png")
+    for i in range(16):  # four in a row, from the left
+        corner = (i % 4 * (256 + 8), i // 4 * (128 + 40))
+        assert sheet.getpixel((corner[0] + 128, corner[1] + 64)) == (i * 15, 0, 0)
+
+
+def test_a_curve_rises_with_its_numbers():
+    lines = []
+    for images, reward in ((0, 0.0), (50, 1.0), (100, 1.0)):
+        lines.append({"split": "eval", "images": images, "reward": reward})
+    panel = rewards.plot_panel("reward", lines).convert("RGB")
+    blue = (29, 78, 216)  # of an evaluation
+    heights = []
+    for x in (115, 400, 670):
+        heights.append([y for y in range(480) if panel.getpixel((x, y)) == blue])
+    assert min(heights[0]) > max(heights[1]) and max(heights[2]) < 120
+
+
 # Rewards that are models
 
 TOKENS = ["<image>", "<|image_pad|>"]  # 198 and 199, after the tokens of the toy's tokenizer
@@ -1907,6 +2097,23 @@ CONSTANTS = [
 ]
 FOLDERS = {"geneval": "", "aesthetic": "", "vlm": "", "unifiedreward": "qwen"}
 PUBLISHED = SimpleNamespace(vision=rewards.ImageReward.vision, text=rewards.ImageReward.text)
+CLASSES_CRC = 149322364  # of COCO's 80 classes in their order, as in GenEval's object_names.txt
+
+
+def test_constants_are_the_published_ones():
+    assert PUBLISHED.text["num_attention_heads"] == 12 and PUBLISHED.vision["image_size"] == 224
+    assert THRESHOLDS == (0.3, 800, 1333, 40, 512)
+    assert zlib.crc32(" ".join(rewards.CLASSES).encode()) == CLASSES_CRC
+    for name, repository, lo, hi in (
+        ("clipscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 0, 0.4),
+        ("pickscore", "yuvalkirstain/PickScore_v1", 16, 26), ("hpsv2", "xswu/HPSv2", 0.1, 0.4),
+    ):  # fmt: skip
+        assert rewards.REWARDS[name].weights == repository
+        assert rewards.REWARDS[name].range == (lo, hi)
+
+
+THRESHOLDS = (rewards.GenEval.threshold, rewards.GenEval.shortest, rewards.GenEval.longest)
+THRESHOLDS += (rewards.VLM.layer, rewards.UnifiedReward.max_new_tokens)
 NEAR = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -2316,6 +2523,21 @@ def test_an_objects_color_is_that_of_its_pixels_on_gray(small):
         assert [cat.color for cat in cats] == [color, color]
 
 
+def test_a_color_is_the_direction_of_its_three_texts_mean(small):
+    """Red's texts differ, so that their mean is short: it counts all the same."""
+    reward = small("geneval")
+    X, Y = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+
+    def texts(texts):
+        red = [(X + a * Y) / (X + a * Y).norm() for a in (9.0, 0.0, -9.0)]
+        return torch.stack(red + [(0.4 * X + Y) / (0.4 * X + Y).norm()] * 27)
+
+    reward.clip = SimpleNamespace(texts=texts, images=lambda crops: X.expand(len(crops), 3))
+    cats = [rewards.Detection(1.0, (0, 0, 8, 8), torch.ones(8, 8, dtype=torch.bool))]
+    reward.name_colors(Image.new("RGB", (8, 8)), "cat", cats)
+    assert cats[0].color == "red"
+
+
 def test_geneval_logs_the_share_of_strict_verdicts_and_their_mean_over_tasks(small):
     reward = small("geneval")
     found = [detected(words) for words in ("cat cat cat", "cat", "cat dog")]
@@ -2354,7 +2576,11 @@ def test_genevals_prompts_say_what_their_metadata_says():
             assert f"{wanted['class']} {wanted['position'][0]} a" in prompt
         if entry["tag"] == "counting":
             assert entry["exclude"] == [want(wanted["class"], wanted["count"] + 1)]
+    counts = {x["include"][0]["count"] for _, x in pairs if x["tag"] == "counting"}
+    assert counts == {2, 3, 4}
     assert rewards.phrase("umbrella") == "an umbrella"
+    assert rewards.phrase("apple", color="red") == "a red apple"
+    assert rewards.phrase("car", color="orange") == "an orange car"
     assert rewards.phrase("skis", 2) == "two pairs of skis"
 
 

@@ -23,6 +23,9 @@ from statistics import fmean
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rewards  # noqa: E402
+
 ASSETS = Path(".github/assets")
 SEEDS = (0, 1, 2)
 ALONE = "--anchor 0 --lr 1.5e-3"
@@ -117,11 +120,16 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "tune-jpeg-sparse-high@24 jpeg-rwr-sparse@24 tune-jpeg-sparse-low@24 "
         "jpeg-is@24 tune-jpeg-is@24 jpeg-sf@96 tune-jpeg-sf@96", "compressibility"),
 }  # fmt: skip
-CURVES = {  # file: (number, experiments)
-    "second-reader.png": ("ocr@judge", "crd reward-alone anchor-alone is is-guided"),
-    "color.png": ("color", "crd reward-alone both-fast both-slow unguided"),
-}
-COLORS = ("#1d4ed8", "#b91c1c", "#15803d", "#b45309", "#7e22ce")
+CURVES = {  # file: (number, title, {experiment: (label, color)})
+    "second-reader.png": ("ocr@judge", "Held-out OCR score by a second OCR model", {
+        "is-guided": ("DDPO, guided", "#b45309"), "crd": ("CRD", "#1d4ed8"),
+        "reward-alone": ("CRD, no anchor", "#b91c1c"), "anchor-alone": ("anchor alone", "#15803d"),
+        "is": ("DDPO", "#7e22ce")}),
+    "color.png": ("color", "Share of held-out signs in the color asked for", {
+        "crd": ("CRD", "#1d4ed8"), "unguided": ("unguided anchor", "#15803d"),
+        "reward-alone": ("no anchor", "#b91c1c"), "both-slow": ("slow sampler", "#b45309"),
+        "both-fast": ("fast reference", "#7e22ce")}),
+}  # fmt: skip
 SHEETS = (
     "crd-0/epoch-0000 crd-0/epoch-0024 crd-1/epoch-0048 reward-alone-1/epoch-0048 "
     "both-fast-1/epoch-0048 jpeg-is-0/epoch-0024"
@@ -206,38 +214,67 @@ def print_table(title, rows, column):
         print(f"| `{name}` | {epoch or ''} |", " | ".join(cells or ["not run"]), "|")
 
 
-def plot(file, number, names):
-    """Against images scored: thin lines are seeds, thick ones their means."""
+def plot(file, number, title, names):
+    """Against images scored: thin lines are seeds, thick ones their means, labeled at their end."""
     curves = {}
-    for name in names.split():
+    for name in names:
         logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
         points = [evaluations(log).values() for log in logs if log]
         if points:
             curves[name] = [{line["images"]: line[number] for line in run} for run in points]
     seeds = [curve for name in curves for curve in curves[name]]
     most = max(max(curve) for curve in seeds)
-    low = min(min(curve.values()) for curve in seeds)
-    high = max(max(curve.values()) for curve in seeds)
+    low = math.floor(10 * min(min(curve.values()) for curve in seeds))
+    high = math.ceil(10 * max(max(curve.values()) for curve in seeds))
 
     def position(x, y):
-        return 160 + 1320 * x / most, 980 - 880 * (y - low) / (high - low)
+        return 120 + 1280 * x / most, 980 - 860 * (10 * y - low) / (high - low)
 
     chart = Image.new("RGB", (1800, 1100), "white")
     pen = ImageDraw.Draw(chart)
     font = ImageFont.load_default(size=36)
-    for y in (low, (low + high) / 2, high):
-        pen.line([position(0, y), position(most, y)], "#e2e8f0", 3)
-        pen.text((140, position(0, y)[1]), f"{y:.2f}", "#64748b", font, "rm")
-    pen.text((1480, 1000), f"{most:,} images", "#64748b", font, "rt")
-    pen.text((160, 30), number, "black", font)
-    for row, (name, color) in enumerate(zip(curves, COLORS)):
+    for y in range(low, high + 1):
+        pen.line([position(0, y / 10), position(most, y / 10)], "#e2e8f0", 3)
+        pen.text((100, position(0, y / 10)[1]), f"{y / 10:.1f}", "#64748b", font, "rm")
+    for x in range(0, most + 1, most // 4):
+        pen.line([position(x, low / 10), position(x, low / 10 + 0.01)], "#64748b", 3)
+        pen.text((position(x, low / 10)[0], 1000), f"{x:,}", "#64748b", font, "mt")
+    pen.text((1780, 1000), "images scored", "#64748b", font, "rt")
+    pen.text((120, 30), title, "black", font)
+    below = 0  # the last label
+    for name in sorted(curves, key=lambda name: -fmean(curve[max(curve)] for curve in curves[name])):
+        label, color = names[name]
         for curve in curves[name]:
             pen.line([position(*point) for point in curve.items()], color, 2)
         shared = sorted(set.intersection(*[set(curve) for curve in curves[name]]))
         means = [position(x, fmean(curve[x] for curve in curves[name])) for x in shared]
         pen.line(means, color, 8, "curve")
-        pen.text((1510, 140 + 44 * row), name, color, font, "ls")
+        below = max(means[-1][1], below + 44)
+        pen.text((means[-1][0] + 16, below), label, color, font, "lm")
     chart.resize((900, 550), Image.LANCZOS).save(ASSETS / file)  # smooth lines
+
+
+def draw_pairs(file, before, after, count=6):
+    """The first held-out signs, cut from the contact sheets of two evaluations, each pair over the
+    word that was asked for."""
+    sheets = [Image.open(f"runs/{name}/images.png") for name in (before, after)]
+    words = [prompt.split('"')[1] for prompt, _ in rewards.held_out_prompts("signs", count)]
+    width, height = 256, 128  # of a sign in a sheet: see rewards.contact_sheet
+    grid = Image.new("RGB", (150 + count * (width + 12), 2 * (height + 12) + 60), "white")
+    pen = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=30)
+    for row, (sheet, label) in enumerate(zip(sheets, ("before", "after"))):
+        y = row * (height + 12)
+        pen.text((130, y + height // 2), label, "black", font, "rm")
+        for i in range(count):
+            corner = (i % 4 * (width + 8), i // 4 * (height + 40))
+            sign = sheet.crop((*corner, corner[0] + width, corner[1] + height))
+            grid.paste(sign, (150 + i * (width + 12), y))
+    for i, word in enumerate(words):
+        x = 150 + i * (width + 12) + width // 2
+        pen.text((x, 2 * (height + 12) + 24), f'"{word}"', "black", font, "mm")
+    pen.text((130, 2 * (height + 12) + 24), "asked for", "#64748b", font, "rm")
+    grid.save(ASSETS / file)
 
 
 if __name__ == "__main__":
@@ -253,7 +290,8 @@ if __name__ == "__main__":
         for title, (rows, column) in TABLES.items():
             print_table(title, rows, column)
     if wanted.plot:
-        for file, (number, names) in CURVES.items():
-            plot(file, number, names)
+        for file, (number, title, names) in CURVES.items():
+            plot(file, number, title, names)
+        draw_pairs("before-after.png", "crd-0/epoch-0000", "crd-0/epoch-0024")
         for name in SHEETS.split():
             shutil.copy(f"runs/{name}/images.png", ASSETS / f"{name.replace('/', '-')}.png")
