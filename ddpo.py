@@ -25,9 +25,8 @@ them: the ratio corrects for that, and PPO's clip stops images whose ratio is al
 
 Every epoch, `train` draws images and keeps their states and log p_old (rollout), scores them
 (prompt_advantages), and updates the policy on every stochastic step of every image (policy_terms).
-The paper's baselines `rwr` and `rwr-sparse` train the denoising loss on the model's own images
-instead, weighted by their advantages, or on the best alone (regression_terms). What is evaluated
-and saved is `ema`, an EMA of the policy, by the same sampler without noise.
+What is evaluated and saved is `ema`, an EMA of the policy, by the same sampler without noise. (The
+paper's baselines, reward-weighted regression, are in tiny-sd3/rwr.py.)
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -93,12 +92,10 @@ class Settings:
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
     micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
-    algorithm: Literal["is", "sf", "rwr", "rwr-sparse"] = arg("is", "is, sf: DDPO; rwr: baselines")
+    algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
     updates: int = arg(4, "optimizer steps per epoch; with sf 1, also by default")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
-    temperature: float = arg(0.2, "rwr: weights are softmax(advantage / this) over an epoch")
-    keep: float = arg(0.1, "rwr-sparse: share of the images that is trained on")
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate")
@@ -223,27 +220,13 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-def rwr_weights(advantages, temperature=0.2):
-    """Reward-weighted regression: softmax(A / temperature) over N images, times N: 1 on average.
-
-    The authors' code has softmax(0.2 R), a factor, whose sharpness depends on the reward's unit.
-    """
-    return torch.softmax(advantages / temperature, 0) * len(advantages)
-
-
-def best_images(advantages, keep=0.1):
-    """Indices of the best `keep` of N images, repeated to N, so that there are as many updates."""
-    N = len(advantages)
-    count = max(round(keep * N), 1)
-    return advantages.topk(count).indices.repeat(math.ceil(N / count))[:N]
-
-
 # Below, `model` is a StableDiffusion or StableDiffusion3, `cond` a list of tensors (B, ...), and
 # `uncond` the same of one empty prompt.
 
 
 def guided(model, x, i, cond, uncond, guidance):
-    """The prediction at step i: f(uncond) + guidance (f(cond) - f(uncond)), arXiv 2207.12598.
+    """The prediction at step i, an int or (B,): f(uncond) + guidance (f(cond) - f(uncond)), by
+    classifier-free guidance, arXiv 2207.12598.
 
     Sampling and training both come through here, with the same images in a batch, so that both
     round alike and the first update's ratio is exactly 1.
@@ -251,7 +234,7 @@ def guided(model, x, i, cond, uncond, guidance):
     if guidance == 1.0:
         return model.predict(x, i, cond)
     both = [torch.cat([e.expand_as(c), c]) for e, c in zip(uncond, cond)]
-    i = torch.cat([i, i]) if isinstance(i, torch.Tensor) else i  # an index an image: see below
+    i = torch.cat([i, i]) if isinstance(i, torch.Tensor) else i
     f_uncond, f_cond = model.predict(torch.cat([x, x]), i, both).chunk(2)
     return f_uncond + guidance * (f_cond - f_uncond)
 
@@ -272,16 +255,6 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()  # outside, on any side
     terms["ratio_error"] = ratio_error.mean()
     return terms
-
-
-def regression_terms(model, x0, weights, cond, uncond, args, generator):
-    """The baselines' denoising loss, mean w (f - target)^2, each image at a random step. f is
-    guided, as it is in sampling."""
-    i = torch.randint(args.steps, (len(x0),), generator=generator, device=x0.device)
-    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-    x, target = model.add_noise(x0, noise, i)
-    error = guided(model, x, i, cond, uncond, args.guidance) - target
-    return {"loss": (weights * error.square().flatten(1).mean(1)).mean()}
 
 
 bar = partial(tqdm, leave=False, disable=PROCESS > 0)
@@ -483,9 +456,6 @@ class StableDiffusion:
         t, t_next = self.t[i], self.t_next[i]
         return ddim_step(prediction, x, t, t_next, self.alphas_cumprod, eta, x_next, generator)
 
-    def add_noise(self, x0, noise, i):
-        return self.scheduler.add_noise(x0, noise, self.t[i]), noise
-
 
 class StableDiffusion3:
     """Stable Diffusion 3.x: a transformer that predicts the flow's velocity, and its SDE's step."""
@@ -518,10 +488,6 @@ class StableDiffusion3:
         level = noise_scale * self.noise_level
         sigma, sigma_next, sigma_max = self.sigmas[i], self.sigmas[i + 1], self.sigmas[1]
         return flow_sde_step(prediction, x, sigma, sigma_next, sigma_max, level, x_next, generator)
-
-    def add_noise(self, x0, noise, i):
-        sigma = self.sigmas[i].view(-1, 1, 1, 1)
-        return (1 - sigma) * x0 + sigma * noise, noise - x0
 
 
 def load_pipeline(args, device):
@@ -634,7 +600,6 @@ def train(args):
     folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.images // PROCESSES  # images per epoch of this process
-    is_regression = args.algorithm in ("rwr", "rwr-sparse")
     random_steps = args.steps - args.deterministic_steps
 
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
@@ -724,7 +689,7 @@ def train(args):
     starts = range(0, N, per_update)
     # For each update a list of micro-batches, in which its images are also drawn (see `guided`):
     # that is why images are not shuffled.
-    rollout_updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
+    updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
@@ -738,7 +703,7 @@ def train(args):
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
         noise = torch.randn(N, *shape, generator=generator, device=device)
         x0, states, log_probs = rollout(
-            model, noise, cond, uncond, sum(rollout_updates, []), random_steps, args, generator
+            model, noise, cond, uncond, sum(updates, []), random_steps, args, generator
         )
         images = decode(pipe, x0)
         clock.append(time.perf_counter())
@@ -753,40 +718,24 @@ def train(args):
         # A process may lack a number, as of a task of GenEval's that it did not draw.
         values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in values}
         all_prompts = [prompt for _, _, drawn in shards for prompt in drawn]
-        all_A = prompt_advantages(history, all_prompts, R, args.stat_min).to(device)
-        own = slice(PROCESS * N, (PROCESS + 1) * N)
-        A = all_A[own]
+        A = prompt_advantages(history, all_prompts, R, args.stat_min)
+        A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
         clock.append(time.perf_counter())
 
         # 3. Improve: each update on its share of the images, at every step with noise.
         totals = defaultdict(float)
-        updates = rollout_updates
-        timesteps = range(random_steps)
-        if is_regression:  # at as many random steps per image as the sampler takes
-            timesteps = range(args.steps)
-            order = torch.randperm(N, generator=generator, device=device)
-            weights = rwr_weights(all_A, args.temperature)[own]
-            if args.algorithm == "rwr-sparse":
-                order = best_images(A, args.keep)[order]
-                weights = torch.ones_like(A)
-            updates = [rows.split(args.micro_batch) for rows in order.split(per_update)]
         for update, micro_batches in enumerate(bar(updates, "train")):
-            for rows, i in itertools.product(micro_batches, timesteps):
+            for rows, i in itertools.product(micro_batches, range(random_steps)):
                 c = [part[rows] for part in cond]
-                if is_regression:
-                    terms = regression_terms(
-                        model, x0[rows], weights[rows], c, uncond, args, generator
-                    )
-                else:
-                    x, x_next = states[rows, i], states[rows, i + 1]
-                    terms = policy_terms(
-                        model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args
-                    )
-                share = len(A[rows]) / per_update / len(timesteps)
+                x, x_next = states[rows, i], states[rows, i + 1]
+                terms = policy_terms(
+                    model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args
+                )
+                share = len(x) / per_update / random_steps
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / len(updates) * term.detach()
-            if update == 0 and not is_regression:  # totals are shares of all updates
+            if update == 0:  # totals are shares of all updates
                 values["first_ratio_error"] = totals["ratio_error"].item() * len(updates)
             if PROCESSES > 1:
                 gradients = [p.grad for p in parameters]

@@ -33,6 +33,7 @@ FAST = f"{ALONE} --old-decay 0 0 0.001 0.5"  # `old` at the pace of the preset's
 SLOW = f"{ALONE} --sampler-decay 0 0.25 0.01 0.9"  # the sampler at the pace of its `old`
 JUDGES = "ocr@tiny-sd3,ocr@tiny-sd3/judge,clipscore@tiny-sd3/clip,color"
 JPEG = f"--reward compressibility --eval-rewards {JUDGES}"
+SCRIPTS = {"crd": "crd.py", "ddpo": "ddpo.py", "rwr": "tiny-sd3/rwr.py"}
 EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     **{f"guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 1.5, 2, 3, 4, 5)},
     "crd": ("crd", 48, ""),
@@ -43,12 +44,12 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "both-fast": ("crd", 48, FAST),
     "both-slow": ("crd", 48, SLOW),
     "sf": ("ddpo", 192, "--algorithm sf --images 48"),
-    "rwr": ("ddpo", 48, "--algorithm rwr --lr 1e-4"),
+    "rwr": ("rwr", 48, "--lr 1e-4"),
     "jpeg-is": ("ddpo", 24, f"{JPEG} --lr 1.5e-3"),
     "jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48 --lr 1.5e-3"),
-    "jpeg-rwr": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 1.5e-3"),
-    "rwr-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 3e-5"),
-    "jpeg-rwr-sparse": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 1.5e-3"),
+    "jpeg-rwr": ("rwr", 24, f"{JPEG} --lr 1.5e-3"),
+    "rwr-sparse": ("rwr", 48, "--sparse --lr 3e-5"),
+    "jpeg-rwr-sparse": ("rwr", 24, f"{JPEG} --sparse --lr 1.5e-3"),
     "unguided": ("crd", 48, "--anchor-guidance 1"),
     "strong": ("crd", 12, "--anchor-guidance 1 --anchor 1"),
     "strong-constant": ("crd", 12, "--anchor-guidance 1 --anchor 1 --no-anchor-adaptive"),
@@ -65,18 +66,18 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "tune-old": ("crd", 12, "--old-decay 0 0.25 0.01 0.5"),
     "tune-unguided": ("crd", 48, "--anchor-guidance 1 --anchor 0.01"),
     "tune-reward-alone": ("crd", 48, "--anchor 0"),
-    "tune-rwr-high": ("ddpo", 16, "--algorithm rwr --lr 1.5e-3"),
-    "tune-rwr-mid": ("ddpo", 48, "--algorithm rwr"),
-    "tune-rwr-low": ("ddpo", 48, "--algorithm rwr --lr 3e-4"),
-    "tune-sparse": ("ddpo", 48, "--algorithm rwr-sparse --lr 1e-4"),
-    "tune-sparse-low": ("ddpo", 48, "--algorithm rwr-sparse --lr 1e-5"),
-    "tune-rwr-lower": ("ddpo", 48, "--algorithm rwr --lr 3e-5"),
-    "tune-rwr-soft": ("ddpo", 48, "--algorithm rwr --lr 1e-4 --temperature 1"),
-    "tune-jpeg-high": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 3e-3"),
-    "tune-jpeg-mid": ("ddpo", 24, f"{JPEG} --algorithm rwr"),
-    "tune-jpeg-low": ("ddpo", 24, f"{JPEG} --algorithm rwr --lr 3e-4"),
-    "tune-jpeg-sparse-high": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 3e-3"),
-    "tune-jpeg-sparse-low": ("ddpo", 24, f"{JPEG} --algorithm rwr-sparse --lr 5e-4"),
+    "tune-rwr-high": ("rwr", 16, "--lr 1.5e-3"),
+    "tune-rwr-mid": ("rwr", 48, ""),
+    "tune-rwr-low": ("rwr", 48, "--lr 3e-4"),
+    "tune-sparse": ("rwr", 48, "--sparse --lr 1e-4"),
+    "tune-sparse-low": ("rwr", 48, "--sparse --lr 1e-5"),
+    "tune-rwr-lower": ("rwr", 48, "--lr 3e-5"),
+    "tune-rwr-soft": ("rwr", 48, "--lr 1e-4 --temperature 1"),
+    "tune-jpeg-high": ("rwr", 24, f"{JPEG} --lr 3e-3"),
+    "tune-jpeg-mid": ("rwr", 24, JPEG),
+    "tune-jpeg-low": ("rwr", 24, f"{JPEG} --lr 3e-4"),
+    "tune-jpeg-sparse-high": ("rwr", 24, f"{JPEG} --sparse --lr 3e-3"),
+    "tune-jpeg-sparse-low": ("rwr", 24, f"{JPEG} --sparse --lr 5e-4"),
     "tune-jpeg-is": ("ddpo", 24, JPEG),
     "tune-jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48"),
     # A LoRA of a run above, evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
@@ -162,7 +163,7 @@ def run(name, script, epochs, flags):
     if Path(f"runs/{name}/args.json").exists():
         start = f"--resume runs/{name}"
     with open(f"runs/{name}.log", "a") as log:
-        command = [sys.executable, f"{script}.py", *f"{start} --epochs {epochs}".split()]
+        command = [sys.executable, SCRIPTS[script], *f"{start} --epochs {epochs}".split()]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=one_thread, stdout=log, stderr=log, check=True)
 
@@ -242,7 +243,8 @@ def plot(file, number, title, names):
     pen.text((1780, 1000), "images scored", "#64748b", font, "rt")
     pen.text((120, 30), title, "black", font)
     below = 0  # the last label
-    for name in sorted(curves, key=lambda name: -fmean(curve[max(curve)] for curve in curves[name])):
+    ends = {name: fmean(curve[max(curve)] for curve in curves[name]) for name in curves}
+    for name in sorted(curves, key=ends.get, reverse=True):
         label, color = names[name]
         for curve in curves[name]:
             pen.line([position(*point) for point in curve.items()], color, 2)
