@@ -1400,7 +1400,7 @@ def test_seconds_are_those_of_each_phase_and_of_all_epochs(run, monkeypatch, scr
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     trained = [line for line in lines if line["split"] == "train"]
     for line in trained:
-        assert 0.3 < line["reward_seconds"] < 0.5
+        assert line["reward_seconds"] > 0.3
     phases = [x[f"{name}_seconds"] for x in trained for name in ("rollout", "reward", "train")]
     assert trained[-1]["seconds"] == pytest.approx(sum(phases), rel=0.01)
 
@@ -1606,8 +1606,8 @@ def test_the_text_networks_see_the_sizes_and_the_channels_of_pp_ocr():
     lines = ((10, 21), (40, 266), (40, 267), (40, 268), (7, 100), (10, 1000))
     assert [reward.line_width(size) for size in lines] == [101, 320, 320, 321, 685, 3200]
     vars(reward).update(limit=736, limit_type="min")
-    sizes = [reward.detector_size(size) for size in ((512, 512), (800, 1000))]
-    assert sizes == [(736, 736), (800, 992)]
+    sizes = [reward.detector_size(size) for size in ((512, 512), (512, 768), (800, 1000))]
+    assert sizes == [(736, 736), (736, 1088), (800, 992)]
     vars(reward).update(limit=64, limit_type="resize_long")
     assert [reward.detector_size(size) for size in ((32, 32), (256, 128))] == [(64, 64), (64, 32)]
 
@@ -2297,6 +2297,16 @@ def test_score_head_has_the_published_keys():
     assert weights == {"0.weight", "2.weight", "4.weight", "6.weight", "7.weight"}
 
 
+@parametrize("name", ["clipscore", "pickscore"])
+def test_weights_come_from_their_own_repository_and_settings_from_vit_h(monkeypatch, name):
+    places = {}
+    monkeypatch.setattr(rewards, "load_model", lambda _, place, *args: places.update(model=place))
+    monkeypatch.setattr(rewards, "CLIP", lambda place, *args: places.update(clip=place))
+    rewards.load(name, "cpu")
+    assert places["model"]["pretrained_model_name_or_path"] == rewards.REWARDS[name].weights
+    assert places["clip"]["pretrained_model_name_or_path"] == rewards.CLIPScore.weights
+
+
 def test_imagereward_has_the_published_sizes():
     with torch.device("meta"):
         state = renamed(rewards.ImageReward.build(PUBLISHED), IMAGEREWARD)
@@ -2536,7 +2546,7 @@ def test_a_color_is_the_direction_of_its_three_texts_mean(small):
 
     def texts(texts):
         red = [(X + a * Y) / (X + a * Y).norm() for a in (9.0, 0.0, -9.0)]
-        return torch.stack(red + [(0.4 * X + Y) / (0.4 * X + Y).norm()] * 27)
+        return torch.stack(red + [(0.6 * X + Y) / (0.6 * X + Y).norm()] * 27)
 
     reward.clip = SimpleNamespace(texts=texts, images=lambda crops: X.expand(len(crops), 3))
     cats = [rewards.Detection(1.0, (0, 0, 8, 8), torch.ones(8, 8, dtype=torch.bool))]
