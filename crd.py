@@ -20,7 +20,7 @@ is gone.
                        pretrained model with guidance
     rho                how much better than `old` the policy denoises: stands for log(p / p_old)
     R, A               an image's reward; its advantage, at most `clip`, which is 5, to either side
-    s                  stands for R in the loss: A scaled to [0, 1]
+    s                  stands for R in the loss: A / (2 clip) + 1/2, in [0, 1]
     n                  R scaled to [0, 1] by the reward's own range
     kappa              weight of the anchor where n = 1; kappa_min where n = 0
     mean               over the latents of an image; mean_i over images, mean_K over a group
@@ -30,8 +30,9 @@ is gone.
     L   = clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2             crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-clip / beta is such that at rho = 0 the first term has the gradient of -mean_i A_i rho_i. One frozen
-model carries four LoRA adapters, of which three are moving averages of the first:
+L is at one noise level, and averaged over a few. clip / beta is such that at rho = 0 the first term
+has the gradient of -mean_i A_i rho_i. One frozen model carries four LoRA adapters, of which three
+are moving averages of the first:
 
     policy    trained
     sampler   draws the images; follows once per epoch, at first closely, so that images are recent
@@ -74,7 +75,10 @@ import rewards
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DECAY = "START VALUE SLOPE END: its decay, once per epoch, by `ema_decay` of the optimizer step"
+DECAY = (
+    "START VALUE SLOPE END: its decay, once per epoch, is VALUE (0: a copy of the policy) until "
+    "optimizer step START, then rises by SLOPE a step up to END"
+)
 
 
 def arg(default, help):
@@ -101,7 +105,7 @@ class Settings:
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
     reward: str = arg("ocr", "name[@path-or-repo][:weight], or a sum of such, by commas")
-    prompts: str | None = arg(None, "generator or file; default: the reward's own")
+    prompts: str | None = arg(None, "a set such as geneval, or a file; default: the reward's own")
     groups: int = arg(48, "prompts per epoch, in all processes")
     group_size: int = arg(24, "images per prompt, K")
     rollout_steps: int = arg(10, "ODE steps of a rollout")
@@ -116,7 +120,7 @@ class Settings:
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
-    micro_batch: int = arg(24, "images at once, at most, in sampling as in training: whole groups")
+    micro_batch: int = arg(24, "images at once, at most, a multiple of group_size")
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
@@ -124,7 +128,7 @@ class Settings:
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
-    name: str | None = arg(None, "folder runs/NAME; default: crd-PRESET-seedSEED or by rewards")
+    name: str | None = arg(None, "folder runs/NAME; default: crd-PRESET (or REWARD)-seedSEED")
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
@@ -138,7 +142,7 @@ class Settings:
 
 
 PRESETS = {
-    "ocr": dict(  # in the end both are nearly frozen: images off-policy, by a fixed reference
+    "ocr": dict(  # in the end `old` and `sampler` are nearly frozen: images become off-policy
         reward="ocr", steps_per_epoch=2,
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
     ),
@@ -202,7 +206,7 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     s = s.view(-1, group_size)
 
     def loss(weights):  # a number, or (groups, K)
-        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)  # constant; matters for finite tau
+        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)  # matters for finite tau
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
         return clip / beta * residual.square().mean()
@@ -260,7 +264,7 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        if gap <= 2 * last_gap < math.inf:  # not in the first step, nor if either gap is infinite
+        if gap <= 2 * last_gap < math.inf:  # not in the first step, nor next to sigma 1 or 0
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
         last_x0 = x0
@@ -276,8 +280,8 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
-    averages their product only approximately, for adapters that are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies, as averaging A and B
+    comes near to averaging B A only for adapters that are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -353,7 +357,7 @@ def load_lora(layers, pipe, path, prefix):
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
-    # 1 where the scale is folded into B.
+    # 1 where the scale is folded into B. Our layers multiply by their own, so it is divided out.
     scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
@@ -366,7 +370,8 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     torch.utils.checkpoint runs the forward pass with gradients enabled, where kernels can differ
-    from those of sampling and round differently. Limits: no dropout, and no autocast around the
+    from those of sampling and round differently, or, reentrant, gives no gradient to a block whose
+    inputs need none. Limits: no dropout, and no autocast around the
     forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
     gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
     or autograd would ignore a block with frozen inputs.
@@ -423,8 +428,8 @@ def load_pipeline(args, device):
             parts[name] = None
         elif name == "vae" or name.startswith(("transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
-            # False, or accelerate, if installed, would put buffers, such as positions, into bf16.
-            # But diffusers demands True of a class with parts to keep in float32.
+            # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
+            # installed. But diffusers demands it of a class with parts to keep in float32.
             options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
                 args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
@@ -461,7 +466,8 @@ def encode(pipe, prompts, args):
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    cpu_weights = [encoder.state_dict() for encoder in encoders]  # taken back below
+    # Kept on the CPU, so that nothing has to be copied back.
+    cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
     embeds, _, pooled, _ = pipe.encode_prompt(
@@ -560,7 +566,7 @@ def train(args):
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    if args.epochs:  # an error now if the held-out prompts leave none to train on
+    if args.epochs:  # raises if the held-out prompts leave none to train on
         next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
     rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
@@ -595,8 +601,9 @@ def train(args):
     metrics = []  # the lines of metrics.jsonl
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        if unknown := pipe.transformer.load_state_dict(state["adapters"], False).unexpected_keys:
-            raise ValueError(f"{folder} has trained another model: {unknown[:3]}")
+        report = pipe.transformer.load_state_dict(state["adapters"], strict=False)
+        if report.unexpected_keys:
+            raise ValueError(f"{folder} has trained another model: {report.unexpected_keys[:3]}")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
@@ -638,7 +645,7 @@ def train(args):
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        # A string seeds Python's generator by its hash, so that nearby epochs share nothing.
+        # Seeded by a string, that is by its SHA-512, nearby epochs share nothing.
         seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -673,7 +680,7 @@ def train(args):
         images_per_step = N // args.steps_per_epoch
         for start in bar(range(0, N, images_per_step), "train"):
             order = torch.randperm(args.rollout_steps, generator=generator, device=device)
-            drawn = order[: args.train_timesteps].tolist()  # never the last sigma, which is 0
+            drawn = order[: args.train_timesteps].tolist()  # of all but the last sigma, 0
             micro_batches = batches(start, start + images_per_step, args.micro_batch)
             for i, rows in itertools.product(drawn, micro_batches):
                 c = [part[rows] for part in cond]
@@ -696,7 +703,7 @@ def train(args):
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # sets p.grad
+                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # writes into p.grad
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / args.steps_per_epoch
             optimizer.step()
@@ -744,7 +751,7 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # for the preset; parsed again with its defaults
+    flags = parser.parse_args(argv)  # to know the preset; parsed again with its defaults
     names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
     preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
     name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"

@@ -81,8 +81,8 @@ class Settings:
     alpha: float = arg(32, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("compressibility", "name[@path-or-repo][:weight], or a sum, by commas")
-    prompts: str | None = arg(None, "generator or file; default: the reward's own")
+    reward: str = arg("compressibility", "name[@path-or-repo][:weight], or a sum of such")
+    prompts: str | None = arg(None, "a set such as animals, or a file; default: the reward's own")
     images: int = arg(256, "images per epoch, in all processes")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
@@ -93,7 +93,7 @@ class Settings:
     micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
-    updates: int = arg(4, "optimizer steps per epoch; with sf 1, also by default")
+    updates: int = arg(4, "optimizer steps per epoch; with sf always 1")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     # optimization
@@ -121,8 +121,8 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The clip is wider, as an image has 2,048 latents here and 16,384 in the paper. Three steps
-    # with noise are enough to explore, and quick to train on.
+    # The clip is wider, as an image has 2,048 latents here and 16,384 in the paper (see
+    # gaussian_step). Three steps with noise are enough to explore, and quick to train on.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -156,9 +156,9 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     """DDIM's stochastic step from x_t to x_next and its log-probability (arXiv 2010.02502, eq. 12).
 
     noise_pred, x, x_next (B, ...); t, t_next () or (B,) long, timesteps of alphas_cumprod (1000,).
-    std is eq. 16's; at eta = 1 this is DDPM's ancestral step. As a scheduler with
-    prediction_type="epsilon", clip_sample=False, steps_offset=1 and set_alpha_to_one=False: where
-    t_next < 0, alpha is alphas_cumprod[0], or the last step would have no noise.
+    std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers' DDIMScheduler
+    with prediction_type="epsilon", clip_sample=False, steps_offset=1, set_alpha_to_one=False: where
+    t_next < 0, alpha is alphas_cumprod[0]; if it were 1, the last step would have no Gaussian.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     # view(-1): indexing with a tensor without dimensions makes a GPU wait.
@@ -173,9 +173,9 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
 def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=None, generator=None):
     """A step of the SDE with the marginals of the flow's ODE (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
-    v, x, x_next (B, ...); sigma, sigma_next, sigma_max () or (B,) -> x_next, its log-probability.
+    v, x, x_next (B, ...); sigma, sigma_next () or (B,); sigma_max () -> x_next and its log_prob.
     The diffusion noise_level sqrt(sigma / (1 - sigma)) is infinite at sigma = 1: there its
-    denominator has sigma_max instead, the schedule's second sigma.
+    denominator has sigma_max instead, the schedule's largest sigma below 1.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
@@ -251,7 +251,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
     terms = {"loss": loss}
     if args.algorithm == "is":
-        terms["approx_kl"] = change.square().mean() / 2  # per latent
+        terms["approx_kl"] = change.square().mean() / 2  # of the averages over latents
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()  # outside, on any side
     terms["ratio_error"] = ratio_error.mean()
     return terms
@@ -271,7 +271,7 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
 
     Returns x0 (N, ...); of the first `random_steps`, which have noise, the states from x_T on
     (N, random_steps + 1, ...) and log_probs (N, random_steps). The other steps are part of the
-    environment, like the decoder: of them `step` gives no log-probability, but NaN.
+    environment, like the decoder: their std is 0, and their log-probability NaN.
     """
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
@@ -299,8 +299,8 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies: averaging A and B
-    averages their product only approximately, for adapters that are near each other.
+    B is zero-initialized. `policy` is trained. The others start as its copies, as averaging A and B
+    comes near to averaging B A only for adapters that are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -376,7 +376,7 @@ def load_lora(layers, pipe, path, prefix):
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
-    # 1 where the scale is folded into B.
+    # 1 where the scale is folded into B. Our layers multiply by their own, so it is divided out.
     scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
@@ -389,7 +389,8 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     torch.utils.checkpoint runs the forward pass with gradients enabled, where kernels can differ
-    from those of sampling and round differently. Limits: no dropout, and no autocast around the
+    from those of sampling and round differently, or, reentrant, gives no gradient to a block whose
+    inputs need none. Limits: no dropout, and no autocast around the
     forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
     gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
     or autograd would ignore a block with frozen inputs.
@@ -509,8 +510,8 @@ def load_pipeline(args, device):
             parts[name] = None
         elif name == "vae" or name.startswith(("unet", "transformer", "text_encoder")):
             part = getattr(importlib.import_module(value[0]), value[1])
-            # False, or accelerate, if installed, would put buffers, such as positions, into bf16.
-            # But diffusers demands True of a class with parts to keep in float32.
+            # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
+            # installed. But diffusers demands it of a class with parts to keep in float32.
             options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
                 args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
@@ -539,7 +540,8 @@ def encode(pipe, model, prompts):
     device = pipe.vae.device
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    cpu_weights = [encoder.state_dict() for encoder in encoders]  # taken back below
+    # Kept on the CPU, so that nothing has to be copied back.
+    cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
     parts = pipe.encode_prompt(
@@ -605,7 +607,7 @@ def train(args):
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_prompts(args.reward)
     held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    if args.epochs:  # an error now if the held-out prompts leave none to train on
+    if args.epochs:  # raises if the held-out prompts leave none to train on
         next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
     rewards.check(args.reward, held_out + rewards.read_prompts(source))
     rewards.check(args.eval_rewards or args.reward, held_out)
@@ -643,8 +645,9 @@ def train(args):
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        if unknown := model.network.load_state_dict(state["adapters"], False).unexpected_keys:
-            raise ValueError(f"{folder} has trained another model: {unknown[:3]}")
+        report = model.network.load_state_dict(state["adapters"], strict=False)
+        if report.unexpected_keys:
+            raise ValueError(f"{folder} has trained another model: {report.unexpected_keys[:3]}")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
@@ -693,7 +696,7 @@ def train(args):
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        # A string seeds Python's generator by its hash, so that nearby epochs share nothing.
+        # Seeded by a string, that is by its SHA-512, nearby epochs share nothing.
         seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -735,13 +738,13 @@ def train(args):
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / len(updates) * term.detach()
-            if update == 0:  # totals are shares of all updates
+            if update == 0:  # totals are means over all updates: undo that
                 values["first_ratio_error"] = totals["ratio_error"].item() * len(updates)
             if PROCESSES > 1:
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # sets p.grad
+                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # writes into p.grad
             norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             totals["grad_norm"] += norm / len(updates)
             optimizer.step()
@@ -784,7 +787,7 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # for the preset; parsed again with its defaults
+    flags = parser.parse_args(argv)  # to know the preset; parsed again with its defaults
     name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
     updates = 1 if flags.algorithm == "sf" else 4
     parser.set_defaults(**{"name": name, "updates": updates, **PRESETS[flags.preset]})
