@@ -172,6 +172,8 @@ def test_implicit_reward_computes_in_float32_and_divides_nothing_by_0():
     rho = crd.implicit_reward(v, v_old, u)
     assert torch.equal(rho, crd.implicit_reward(v.float(), v_old.float(), u.float()))
     assert crd.implicit_reward(u, v_old, u).isfinite().all()
+    near, near_old = u.float() + 0.01, u.float() - 0.03  # m is 0.01 and 0.03
+    assert_close(crd.implicit_reward(near, near_old, u), torch.full((8,), 0.02), rtol=0.02, atol=0)
 
 
 def loss_and_gradient(rho, targets, **settings):
@@ -276,6 +278,7 @@ def test_the_objective_is_the_regression_plus_the_anchor(reward_weight, anchor):
 # DDPO's mathematics
 
 DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # Stable Diffusion 1.x's
+DDIM |= dict(timestep_spacing="leading")
 
 
 @any_shape
@@ -306,6 +309,8 @@ def test_ddim_step_is_diffusers(eta, shape):
     alphas = scheduler.alphas_cumprod
     x_next, _ = ddpo.ddim_step(noise_pred, x, t, t - 20, alphas, eta, generator=generator)
     assert_close(x_next, torch.stack(expected))
+    x_next, _ = ddpo.ddim_step(noise_pred, x, t, t - 20, alphas, 50.0)
+    assert x_next.isfinite().all()
 
 
 @parametrize("noise_level", [0.0, 0.3, 0.7])
@@ -503,8 +508,9 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(script):
     with torch.no_grad():
         v_cond = predict(cond)
         v_uncond = predict([c.expand_as(d) for c, d in zip(uncond, cond)])
-        expected = v_uncond + 3 * (v_cond - v_uncond)
-        assert_close(predict(cond, guidance=3.0), expected, rtol=1e-4, atol=1e-5)
+        for guidance in (3.0, 0.5, 0.0):
+            expected = v_uncond + guidance * (v_cond - v_uncond)
+            assert_close(predict(cond, guidance=guidance), expected, rtol=1e-4, atol=1e-5)
 
 
 # Runs
@@ -563,7 +569,8 @@ def sd1(tmp_path_factory):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler()  # its settings are not those of Stable Diffusion
+    # Its settings are not those of Stable Diffusion.
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
     parts = vae, text_encoder, tokenizer, unet, scheduler, None, None
     pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.save_pretrained(path)
@@ -574,6 +581,7 @@ def test_stable_diffusions_sampler_is_ddim_as_ddim_step_has_it(sd1):
     """Whatever the folder says; but a model that predicts something else is refused."""
     pipe, model = ddpo.load_pipeline(short(ddpo, **sd1), CPU)
     assert DDIM.items() <= dict(model.scheduler.config).items()
+    assert model.t.tolist() == [751, 501, 251, 1]
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(ValueError, match="predicts no noise"):
         ddpo.StableDiffusion(pipe, short(ddpo), CPU)
@@ -685,7 +693,7 @@ GOLDEN = {
     eval 1 reward 1.371 own.red 0.4603 own.left 0.4509
     train 2 reward 1.39 own.red 0.4537 own.left 0.4824 crd_loss 0.007394 loss 0.4834 anchor_loss
         0.4243 grad_norm 1.786 rho_std 0.03272
-    eval 2 reward 1.358 own.red 0.4565 own.left 0.4454
+    eval 2 reward 1.359 own.red 0.4553 own.left 0.4485
 """,
     "ddpo is": """
     eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
@@ -694,13 +702,15 @@ GOLDEN = {
     eval 1 reward 1.247 own.red 0.4155 own.left 0.4156
     train 2 reward 1.276 own.red 0.4108 own.left 0.4548 first_ratio_error 0 loss 0.002229
         approx_kl 0.0001769 clip_fraction 0.1667 ratio_error 0.009682 grad_norm 0.423
-    eval 2 reward 1.255 own.red 0.4171 own.left 0.4204
+    eval 2 reward 1.255 own.red 0.4173 own.left 0.4208
 """,
     "ddpo sf": """
     eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-    train 1 reward 1.065 own.red 0.3232 own.left 0.4189 first_ratio_error 0 loss -0.0008543  ratio_error 0 grad_norm 0.2539
+    train 1 reward 1.065 own.red 0.3232 own.left 0.4189 first_ratio_error 0 loss -0.0008543
+        ratio_error 0 grad_norm 0.2539
     eval 1 reward 1.232 own.red 0.4106 own.left 0.4104
-    train 2 reward 1.273 own.red 0.4105 own.left 0.4517 first_ratio_error 0 loss -0.002769  ratio_error 0 grad_norm 0.2443
+    train 2 reward 1.273 own.red 0.4105 own.left 0.4517 first_ratio_error 0 loss -0.002769
+        ratio_error 0 grad_norm 0.2443
     eval 2 reward 1.231 own.red 0.4109 own.left 0.4097
 """,
     "ddpo is, DDIM": """
@@ -717,14 +727,14 @@ GOLDEN = {
     train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 1.144 grad_norm 0.07703
     eval 1 reward 1.397 own.red 0.4631 own.left 0.4704
     train 2 reward 1.394 own.red 0.4628 own.left 0.4685 loss 1.129 grad_norm 0.06574
-    eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
+    eval 2 reward 1.397 own.red 0.463 own.left 0.4705
 """,
     "rwr sparse": """
     eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
     train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.3855 grad_norm 0.2212
     eval 1 reward 1.261 own.red 0.4202 own.left 0.4202
     train 2 reward 1.293 own.red 0.4171 own.left 0.4587 loss 0.4764 grad_norm 0.3076
-    eval 2 reward 1.283 own.red 0.428 own.left 0.4274
+    eval 2 reward 1.285 own.red 0.4286 own.left 0.4277
 """,
 }
 
@@ -732,7 +742,7 @@ GOLDEN = {
 def golden_settings(name, sd1):
     """(script, settings)"""
     both = dict(
-        prompts="signs", reward="own.red:2,own.left", rank=3, alpha=5, ema=0.6, seed=1,
+        prompts="signs", reward="own.red:2,own.left", rank=3, alpha=5, ema=0.25, seed=1,
         eval_images=4, eval_every=1, micro_batch=4, group_size=2,
     )  # fmt: skip
     both_ddpo = both | dict(
@@ -774,7 +784,7 @@ def test_the_golden_runs_give_their_numbers(run, sd1, name):
 TRACED = dict(
     reward="own.red", groups=6, group_size=4, steps_per_epoch=2, micro_batch=8, rollout_steps=4,
     train_timesteps=3, eval_steps=3, eval_guidance=1.5, eval_images=2, eval_every=1, anchor=0.3,
-    old_decay=[1, 0.2, 0.3, 0.9], sampler_decay=[0, 0.1, 0.05, 0.5],
+    old_decay=[1, 0.2, 0.3, 0.9], sampler_decay=[0, 0.1, 0.05, 0.5], ema=0.3,
 )  # fmt: skip
 
 
@@ -914,7 +924,7 @@ def test_emas_follow_the_policy_each_at_its_time(trace):
     expected = []
     for epoch in (1, 2):
         for step in (2 * epoch - 1, 2 * epoch):
-            expected.append(("ema", min(0.97, (1 + step) / (10 + step))))
+            expected.append(("ema", min(0.3, (1 + step) / (10 + step))))
         expected.append(("old", crd.ema_decay(2 * epoch, *TRACED["old_decay"])))
         expected.append(("sampler", crd.ema_decay(2 * epoch, *TRACED["sampler_decay"])))
     assert found == [(name, pytest.approx(decay)) for name, decay in expected]
@@ -1040,8 +1050,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run, monkeypatch, s
 @in_both_scripts
 def test_images_that_are_not_finite_stop_the_run(script):
     """A NaN in a LoRA draws black images, the best of all under compressibility."""
-    with pytest.raises(FloatingPointError, match="latents are not finite"):
-        script.decode(tiny(), torch.full((1, 16, 8, 8), math.nan))
+    for value in (math.nan, math.inf):
+        latents = torch.zeros(2, 16, 8, 8)
+        latents[1, 0, 0, 0] = value
+        with pytest.raises(FloatingPointError, match="latents are not finite"):
+            script.decode(tiny(), latents)
 
 
 @in_both_scripts
@@ -1056,7 +1069,7 @@ def test_weights_and_biases_hears_of_an_epoch_after_its_state_is_saved(run, monk
 
     def init(project, id, **options):
         assert started or not Path("runs").exists()  # if it fails, the run's name is still free
-        assert options["resume"] == "allow"
+        assert options["resume"] == "allow" and options["config"]["name"] == "run"
         started.append((project, id))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, log=log))
@@ -1064,6 +1077,34 @@ def test_weights_and_biases_hears_of_an_epoch_after_its_state_is_saved(run, monk
     script.train(script.parse(["--resume", str(folder), "--epochs", "2"]))
     assert calls == [0, 1, 1, 2, 2]
     assert started == [("project", "run")] * 2
+
+
+@in_both_scripts
+def test_a_folders_shift_of_the_sigmas_is_kept(tmp_path, script):
+    pipe = tiny()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.register_modules(scheduler=scheduler)
+    pipe.save_pretrained(tmp_path)
+    pipe, model = script.load_pipeline(short(script, model=str(tmp_path), steps=5) if script is ddpo
+                                       else short(script, model=str(tmp_path)), CPU)  # fmt: skip
+    scheduler.set_timesteps(5)
+    sigmas = crd.schedule(pipe, 5, CPU) if script is crd else model.sigmas
+    assert torch.equal(sigmas, scheduler.sigmas)
+
+
+@in_both_scripts
+def test_in_bf16_timesteps_and_predictions_are_float32(monkeypatch, script):
+    pipe, model = script.load_pipeline(short(script, dtype="bf16"), CPU)
+    forward = Mock(wraps=pipe.transformer.forward)
+    monkeypatch.setattr(pipe.transformer, "forward", forward)
+    cond = [randn(2, 3, 128).bfloat16(), randn(2, 128, seed=1).bfloat16()]
+    x = randn(2, 16, 8, 8)
+    with torch.no_grad():
+        if script is crd:
+            v = crd.velocity(pipe, x, torch.tensor(0.7), cond)
+        else:
+            v = ddpo.guided(model, x, 1, cond, None, 1.0)
+    assert v.dtype == forward.call_args.args[3].dtype == torch.float32
 
 
 @in_both_scripts
@@ -1285,7 +1326,8 @@ def test_a_base_model_that_lacks_a_tensor_is_refused(tmp_path, script, part):
         script.load_pipeline(short(script, model=str(tmp_path)), CPU)
 
 
-def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
+@in_both_scripts
+def test_a_pipeline_with_t5_loads_and_encodes(tmp_path, script):
     """Stable Diffusion 3.5's third text encoder: the tokens of CLIP (12 here), then those of T5."""
     pipe = tiny()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("a", -3.0)]
@@ -1293,9 +1335,10 @@ def test_a_pipeline_with_t5_loads_and_encodes(tmp_path):
     config = transformers.T5Config(vocab_size=5, d_model=128, num_layers=1)
     pipe.register_modules(text_encoder_3=transformers.T5EncoderModel(config), tokenizer_3=tokenizer)
     pipe.save_pretrained(tmp_path)
-    args = short(crd, model=str(tmp_path), max_sequence_length=7)
-    pipe, _ = crd.load_pipeline(args, CPU)
-    embeds, _ = crd.encode(pipe, ["aa", "a a"], args)
+    args = short(script, model=str(tmp_path), max_sequence_length=7)
+    pipe, model = script.load_pipeline(args, CPU)
+    texts = ["aa", "a a"]
+    embeds, _ = crd.encode(pipe, texts, args) if script is crd else ddpo.encode(pipe, model, texts)
     assert embeds.shape == (2, 12 + 7, 128)
     assert (embeds[0, 12:] - embeds[1, 12:]).abs().max() > 0
 
@@ -1307,7 +1350,8 @@ PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, max_sequence_length=128,
     rank=32, alpha=64, groups=48, group_size=24, rollout_steps=10, train_timesteps=9, eval_steps=40,
     lr=3e-4, beta=1, tau=math.inf, reward_weight=1, anchor=0.1, anchor_guidance=4.5, ema=0.9,
-    anchor_adaptive=True, eval_guidance=1, grad_checkpoint=True,
+    anchor_adaptive=True, eval_guidance=1, grad_checkpoint=True, eval_every=10, eval_images=128,
+    micro_batch=24, epochs=300,
 )  # fmt: skip
 OCR = PAPER | dict(
     steps_per_epoch=2, old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0, 0.0075, 0.999],
@@ -1331,6 +1375,9 @@ DDPO = dict(
     (crd, "--reward vlm --seed 3", GENEVAL | dict(reward="vlm", name="crd-vlm-seed3")),
     (crd, "--preset geneval", GENEVAL | dict(reward="geneval", name="crd-geneval-seed0")),
     (crd, "--preset tiny --lr 0.5", {**crd.PRESETS["tiny"], "lr": 0.5, "name": "crd-tiny-seed0"}),
+    (crd, "--preset tiny", dict(lr=3e-3, steps_per_epoch=12, old_decay=[0, 0.25, 0.01, 0.9],
+                                train_timesteps=6, anchor_guidance=4, group_size=8, epochs=24)),
+    (ddpo, "--preset tiny", dict(lr=6e-4, clip=1e-3, images=192, steps=10, deterministic_steps=7)),
     (ddpo, "", DDPO | dict(name="ddpo-sd1-is-seed0")),
     (ddpo, "--preset sd3", DDPO | dict(
         model="stabilityai/stable-diffusion-3.5-medium", steps=10, deterministic_steps=1,
@@ -1340,7 +1387,10 @@ DDPO = dict(
     (rwr, "--preset tiny --sparse", {**ddpo.PRESETS["tiny"], "name": "rwr-sparse-tiny-seed0"}),
 ])  # fmt: skip
 def test_presets_are_the_papers_and_flags_override_them(script, flags, expected):
+    """Those of the toy are the ones that RESULTS.md was run with."""
     args = asdict(script.parse(flags.split()))
+    if args["preset"] == "tiny":
+        assert args["eval_rewards"].split(",")[0] == f"ocr@{TINY}/judge"
     assert {key: args[key] for key in expected} == expected
 
 
@@ -1388,6 +1438,31 @@ def test_a_run_stopped_before_its_first_save_starts_anew(run, script):
 
 
 @in_both_scripts
+def test_the_state_is_saved_after_every_epoch(run, monkeypatch, script):
+    save = Mock(wraps=torch.save)
+    monkeypatch.setattr(torch, "save", save)
+    run(script, "run", 3, eval_every=3)
+    assert save.call_count == 3
+
+
+@in_both_scripts
+def test_a_contact_sheet_shows_each_images_own_score(run, monkeypatch, script):
+    score = Mock(wraps=lambda images, prompts: [0.25, 0.5][: len(images)])
+    monkeypatch.setattr(rewards.Incompressibility, "score_batch", score)
+    sheet = Mock()
+    monkeypatch.setattr(rewards, "contact_sheet", sheet)
+    run(script, "run", 0)
+    assert sheet.call_args.args[2] == [0.25, 0.5]
+
+
+@in_both_scripts
+def test_evaluation_alone_needs_no_prompts_to_train_on(run, script):
+    Path("words.txt").write_text("a cat\na dog")
+    folder = run(script, "run", 0, prompts="words.txt", eval_prompts="words.txt")
+    assert len(read_metrics(folder)) == 1
+
+
+@in_both_scripts
 def test_seconds_are_those_of_each_phase_and_of_all_epochs(run, monkeypatch, script):
     score = rewards.Incompressibility.score_batch
 
@@ -1395,12 +1470,19 @@ def test_seconds_are_those_of_each_phase_and_of_all_epochs(run, monkeypatch, scr
         time.sleep(0.3)
         return score(self, images, prompts)
 
+    decode = script.decode
+
+    def slower(*args):
+        time.sleep(0.6)
+        return decode(*args)
+
     monkeypatch.setattr(rewards.Incompressibility, "score_batch", slow)
+    monkeypatch.setattr(script, "decode", slower)
     folder = run(script, "run", 2, eval_every=9, eval_images=1)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     trained = [line for line in lines if line["split"] == "train"]
     for line in trained:
-        assert line["reward_seconds"] > 0.3
+        assert line["reward_seconds"] > 0.3 and line["rollout_seconds"] > 0.6
     phases = [x[f"{name}_seconds"] for x in trained for name in ("rollout", "reward", "train")]
     assert trained[-1]["seconds"] == pytest.approx(sum(phases), rel=0.01)
 
@@ -1410,13 +1492,23 @@ def test_counts_that_processes_do_not_divide_are_refused(monkeypatch):
     monkeypatch.setattr(ddpo, "PROCESSES", 4)
     with pytest.raises(ValueError, match="--groups"):
         crd.check(short(crd, name="x", groups=6))
-    with pytest.raises(ValueError, match="--images"):
-        ddpo.check(short(ddpo, name="x", images=24, updates=4))
+    for settings in (dict(images=24, updates=4), dict(images=24, updates=1, group_size=4)):
+        with pytest.raises(ValueError, match="--images"):
+            ddpo.check(short(ddpo, name="x", **settings))
+
+
+@in_both_scripts
+def test_a_large_model_runs_on_a_cpu_if_asked(script):
+    script.check(short(script, name="x", model="some/repo", device="cpu"))
 
 
 @parametrize("script, settings, message", [
     (crd, dict(group_size=1), "--group-size has to be 2"), (crd, dict(groups=0), "--groups"),
     (crd, dict(old_decay=[0, 1]), "--old-decay"), (crd, dict(eval_steps=0), "--eval-steps has"),
+    (crd, dict(sampler_decay=[0]), "--sampler-decay"), (crd, dict(micro_batch=0), "--micro-batch"),
+    (crd, dict(train_timesteps=0), "--train-timesteps"),
+    (crd, dict(groups=3, steps_per_epoch=2), "--groups"), (ddpo, dict(images=0), "--images"),
+    (ddpo, dict(deterministic_steps=-1), "no step"), (ddpo, dict(eval_every=0), "--eval-every"),
     (ddpo, dict(updates=3), "--images"), (ddpo, dict(algorithm="sf", updates=2), "sf: one update"),
     (ddpo, dict(deterministic_steps=4), "no step to train on"), (ddpo, dict(stat_min=33), "the 32"),
 ])  # fmt: skip
@@ -1693,6 +1785,7 @@ def real_ocr(monkeypatch, tmp_path):
         (tmp_path / folder / "preprocessor_config.json").write_text(json.dumps(settings[folder]))
     monkeypatch.setattr(rewards, "load_model", load_model)
     reward = rewards.load(f"ocr@{tmp_path}", "cpu")
+    assert (reward.limit, reward.limit_type) == (960, "max")  # where the checkpoint says nothing
     engine = rapidocr.RapidOCR(params={
         "Global.use_cls": False, "Global.text_score": 0.0, "Global.log_level": "critical",
         "Det.model_path": str(files["ocr-det"]), "Rec.model_path": str(files["ocr-rec"]),
@@ -1755,6 +1848,18 @@ def test_a_weighted_sum_logs_its_parts_unweighted():
     assert reward.range == pytest.approx((-401, -1.2))
     R = torch.tensor([-500.0, -401, -201.1, 0])
     assert_close(rewards.normalize(R, reward.range), torch.tensor([0, 0, 0.5, 1]))
+
+
+def test_the_weight_of_a_single_reward_counts():
+    reward = rewards.load("color:-2", "cpu")
+    assert reward.score([FLAT], ["a brown one"], [{}]) == (-2, {"color": 1})
+    assert reward.range == (-2, 0)
+
+
+def test_a_signs_color_is_that_of_most_of_its_pixels():
+    image = Image.new("RGB", (64, 32), rewards.SIGN_COLORS["black"])
+    image.paste("white", (0, 0, 28, 32))  # the mean is gray
+    assert scores_of(rewards.load("color", "cpu"), [image], ["a black sign"]).item() == 1
 
 
 @parametrize("spec, parsed", [
@@ -1895,7 +2000,10 @@ def test_details_are_logged_as_floats(own):
     assert {type(value) for value in values.values()} == {float}
 
 
-@parametrize("name, value", [("epoch", 1), ("detailed", 1), ("part", float("nan"))])
+@parametrize("name, value", [
+    *((name, 1) for name in "split epoch step images seconds reward detailed".split()),
+    ("part", float("nan")),
+])  # fmt: skip
 def test_details_that_cannot_be_logged_are_refused(own, monkeypatch, name, value):
     """As they would overwrite a run's own numbers, or break its curve."""
     reward = rewards.load("own_rewards.Detailed", "cpu")
@@ -2057,7 +2165,7 @@ def test_fields_of_a_prompt_file_are_metadata(tmp_path):
     path.write_text(json.dumps({"prompt": "a", **fields}))
     metadata = {"include": [{"class": "cat"}], "where": "home", "origin": f"{path}, line 1"}
     assert rewards.read_prompts(path) == [("a", metadata)]
-    path.write_text('{"prompt": "a"}', encoding="utf-8-sig")  # as Windows' editors save it
+    path.write_text('{"prompt": " a "}', encoding="utf-8-sig")  # as Windows' editors save it
     assert rewards.read_prompts(path) == [("a", {"origin": f"{path}, line 1"})]
     path.write_text(json.dumps({"prompt": "a", "origin": "Paris"}))
     assert rewards.read_prompts(path) == [("a", {"origin": "Paris"})]
@@ -2108,7 +2216,10 @@ CLASSES_CRC = 149322364  # of COCO's 80 classes in their order, as in GenEval's 
 
 def test_constants_are_the_published_ones():
     assert PUBLISHED.text["num_attention_heads"] == 12 and PUBLISHED.vision["image_size"] == 224
-    assert THRESHOLDS == (0.3, 800, 1333, 40, 512)
+    assert THRESHOLDS == (0.3, 800, 1333, 40, 512, (512, 512))
+    ranges = {name: rewards.REWARDS[name].range for name in ("imagereward", "incompressibility")}
+    assert ranges == {"imagereward": (-2, 2), "incompressibility": (0.6, 200)}
+    assert rewards.REWARDS["vlm"].prompts == "activities"
     assert zlib.crc32(" ".join(rewards.CLASSES).encode()) == CLASSES_CRC
     for name, repository, lo, hi in (
         ("clipscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 0, 0.4),
@@ -2119,7 +2230,7 @@ def test_constants_are_the_published_ones():
 
 
 THRESHOLDS = (rewards.GenEval.threshold, rewards.GenEval.shortest, rewards.GenEval.longest)
-THRESHOLDS += (rewards.VLM.layer, rewards.UnifiedReward.max_new_tokens)
+THRESHOLDS += (rewards.VLM.layer, rewards.UnifiedReward.max_new_tokens, rewards.UnifiedReward.size)
 NEAR = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -2332,6 +2443,35 @@ def test_imagereward_is_the_heads_score_of_the_first_vector_standardized(small, 
     assert_close(scores_of(reward, IMAGES[:1], [prompt]), expected, rtol=1e-5, atol=0)
 
 
+def test_aesthetic_is_the_heads_score_of_the_unit_vector(small):
+    reward = small("aesthetic")
+    with torch.no_grad():
+        pixels = rewards.clip_pixels(reward.clip.processor, IMAGES[:2])
+        vectors = reward.clip.model.get_image_features(pixels).pooler_output
+        expected = reward.head(vectors / vectors.norm(dim=1, keepdim=True)).squeeze(1)
+    assert_close(scores_of(reward, IMAGES[:2]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_models_compute_in_float32_whatever_their_file_holds():
+    """The toy's are stored in float16."""
+    assert rewards.load(f"clipscore@{TINY}/clip", "cpu").clip.model.dtype == torch.float32
+
+
+def test_a_second_answer_is_sampled(small, monkeypatch):
+    reward = small("unifiedreward")
+    generate = Mock(wraps=reward.model.generate)
+    monkeypatch.setattr(reward.model, "generate", generate)
+    for do_sample in (False, True):
+        reward.ask(IMAGES[:1], ["a cat?"], do_sample=do_sample)
+        assert generate.call_args.kwargs["do_sample"] is do_sample
+
+
+def test_imagereward_sees_clips_colors(small):
+    assert small("imagereward").processor.image_mean == pytest.approx(
+        (0.481, 0.458, 0.408), abs=1e-3
+    )
+
+
 def test_weights_that_would_run_code_are_refused(small, tmp_path):
     small("hpsv2").clip.model.config.save_pretrained(tmp_path)
     torch.save({"logit_scale": os.mkdir}, tmp_path / "HPS_v2.1_compressed.pt")
@@ -2522,6 +2662,7 @@ def test_an_objects_color_is_that_of_its_pixels_on_gray(small):
     reward = small("geneval")
 
     def texts(texts):
+        assert all(text.startswith("a photo of ") for text in texts)
         words = [re.search(f" ({'|'.join(rewards.COLORS)})", text)[1] for text in texts]
         return torch.eye(10)[[rewards.COLORS.index(word) for word in words]]
 
@@ -2568,9 +2709,12 @@ def test_geneval_logs_the_share_of_strict_verdicts_and_their_mean_over_tasks(sma
 
 @parametrize("wrong", [{"color": "mauve"}, {"position": ["left of", 0]}, {"class": "cats"}])
 def test_metadata_that_geneval_cannot_score_is_refused(wrong):
-    metadata = {"tag": "colors", "include": [{**want("cat"), **wrong}]}
-    with pytest.raises(ValueError, match="geneval cannot score 'a cat'"):
-        rewards.GenEval.check("a cat", metadata)
+    for include, exclude in (([{**want("cat"), **wrong}], []), (CAT, [{**want("cat"), **wrong}])):
+        metadata = {"tag": "colors", "include": include, "exclude": exclude}
+        if exclude and "position" in wrong:
+            continue  # of an earlier object, which there is
+        with pytest.raises(ValueError, match="geneval cannot score 'a cat'"):
+            rewards.GenEval.check("a cat", metadata)
 
 
 def test_genevals_prompts_say_what_their_metadata_says():
@@ -2594,6 +2738,10 @@ def test_genevals_prompts_say_what_their_metadata_says():
             assert entry["exclude"] == [want(wanted["class"], wanted["count"] + 1)]
     counts = {x["include"][0]["count"] for _, x in pairs if x["tag"] == "counting"}
     assert counts == {2, 3, 4}
+    colored = [x for _, entry in pairs for x in entry["include"] if "color" in x]
+    assert "person" not in {x["class"] for x in colored}
+    assert rewards.phrase("bench", 2) == "two benches"
+    assert rewards.phrase("wine glass", 3) == "three wine glasses"
     assert rewards.phrase("umbrella") == "an umbrella"
     assert rewards.phrase("apple", color="red") == "a red apple"
     assert rewards.phrase("car", color="orange") == "an orange car"
