@@ -2184,6 +2184,18 @@ def test_a_contact_sheet_has_each_image_in_its_place(tmp_path):
         assert sheet.getpixel((corner[0] + 128, corner[1] + 64)) == (i * 15, 0, 0)
 
 
+def test_a_picture_of_curves_has_three_panels_in_a_row(tmp_path):
+    numbers = dict(reward=0.5, a=0.5, b=1.0, c=2.0, d=3.0)  # reward is a's: no sum
+    metrics = [{"split": "eval", "epoch": i, "images": i, **numbers} for i in range(3)]
+    rewards.plot_curve(tmp_path / "curve.png", metrics)
+    picture = Image.open(tmp_path / "curve.png").convert("L")
+    assert picture.size == (3 * 360, 2 * 240)
+    for i in range(6):
+        x, y = i % 3 * 360, i // 3 * 240
+        is_blank = picture.crop((x, y, x + 360, y + 240)).getextrema() == (255, 255)
+        assert is_blank == (i >= 4)
+
+
 def test_a_curve_rises_with_its_numbers():
     lines = []
     for images, reward in ((0, 0.0), (50, 1.0), (100, 1.0)):
