@@ -184,9 +184,8 @@ def check(spec, pairs):
             kind.check(prompt, metadata)
 
 
-def load(spec, device, pairs=()):
-    """The Reward of a spec, which has to be able to score all `pairs` of (prompt, metadata)."""
-    check(spec, pairs)
+def load(spec, device):
+    """The Reward of a spec."""
     parts = []
     for name, path, weight in parse_spec(spec):
         reward = reward_class(name)(path, torch.device(device))
@@ -1048,9 +1047,9 @@ def instances(class_logits, mask_logits, size, threshold, input_size=None):
     if not len(index):
         return {}
     logits = mask_logits[None, index // classes].float()
-    for size in (input_size or size, size):
-        logits = F.interpolate(logits, size, mode="bilinear")
-    logits = logits[0]
+    if input_size:
+        logits = F.interpolate(logits, input_size, mode="bilinear")
+    logits = F.interpolate(logits, size, mode="bilinear")[0]
     masks = logits > 0
     scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
     objects = {}
@@ -1186,9 +1185,8 @@ def endless(source, split, rng, eval_file=None):
                     raise ValueError(f"nothing of {source} is left to train on: see {eval_file}")
     pairs = []
     for pair in read_prompts(source):
-        is_held_out = held_out(subjects(*pair)[-1])
-        if eval_file:
-            is_held_out = not excluded.isdisjoint(subjects(*pair))
+        names = subjects(*pair)
+        is_held_out = not excluded.isdisjoint(names) if eval_file else held_out(names[-1])
         if is_held_out == (split == "eval"):
             pairs.append(pair)
     if not pairs:
