@@ -54,6 +54,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import rewards
+
+if not hasattr(rewards, "parse_spec"):
+    raise ImportError(f"{rewards.__file__} hides the rewards.py that belongs to this script")
 
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -357,11 +361,14 @@ def load_lora(layers, pipe, path, prefix):
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
-    # 1 where the scale is folded into B. Our layers multiply by their own, so it is divided out.
-    scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
-        B = tensors[f"{prefix}.{name}.lora_B.weight"] * scale / layer.scale
+        B = tensors[f"{prefix}.{name}.lora_B.weight"]
+        if A.shape != layer.A["policy"].shape:
+            raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
+        # 1 where the scale is folded into B. Our layers multiply by their own: divide it out.
+        scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
+        B = B * scale / layer.scale
         for adapter in layer.A:
             layer.load_state_dict({f"A.{adapter}": A, f"B.{adapter}": B}, strict=False)
 
@@ -403,7 +410,12 @@ def checkpoint(block, *inputs):
     return Checkpoint.apply(block, torch.ones((), requires_grad=True), *inputs)
 
 
-# Stable Diffusion 3: what to rewrite for another flow model
+# Stable Diffusion 3: what to rewrite for another flow model. The contract:
+#   encode     gives tensors with N in front; the other sizes are the same in every call
+#   velocity   is noise - x0, in float32. A model with a guidance embedding always gets the same one
+#   schedule   gives the pipeline's own sigmas, from 1, noise, to 0; a shift may depend on `shape`
+#   shape      of an image's latents, as in the pipeline, packed or not: `decode` unpacks them
+# `MODEL=path python -m pytest -k "section and crd" test_crd.py` compares it all with diffusers'.
 
 TARGET_MODULES = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -413,48 +425,75 @@ BLOCKS = ("JointTransformerBlock",)
 MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 
 
-def load_pipeline(args, device):
-    """The pretrained pipeline, frozen, its text encoders on the CPU; and the latents' shape.
+def expect(path, settings, **expected):
+    """ValueError for a model with a setting that would be ignored here. One that is absent is fine."""
+    for name, values in expected.items():
+        value = settings.get(name, values[0])
+        if value not in values:
+            options = " or ".join(str(x) for x in values)
+            raise ValueError(f"{path} is not for this script: {name} is {value}, not {options}")
 
-    Loaded part by part, as a pipeline's `from_pretrained` only warns of weights that a file lacks,
-    and leaves them random.
+
+def part_class(config, name):
+    """The class of a part of a pipeline, by model_index.json."""
+    module, class_name = config[name]
+    return getattr(importlib.import_module(module), class_name)
+
+
+def load_parts(path, config, dtype):
+    """The parts of a pipeline that have weights, frozen; None for those that are not used.
+
+    One by one, as a pipeline's `from_pretrained` only warns of weights that a file lacks, and
+    leaves them random.
     """
-    pipeline_class = diffusers.StableDiffusion3Pipeline
-    precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = {}
-    for name, value in pipeline_class.load_config(args.model).items():
-        if value == [None, None]:  # left out of the folder, as T5 may be
+    for name, value in config.items():
+        is_unused = name in ("safety_checker", "feature_extractor", "image_encoder")
+        if is_unused or value == [None, None]:  # left out of the folder, as T5 may be
             parts[name] = None
-        elif name == "vae" or name.startswith(("transformer", "text_encoder")):
-            part = getattr(importlib.import_module(value[0]), value[1])
+        elif name.startswith(("transformer", "unet", "vae", "text_encoder")):
+            part = part_class(config, name)
+            precision = torch.float32 if name == "vae" else dtype
+            in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
             # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
             # installed. But diffusers demands it of a class with parts to keep in float32.
-            options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
             parts[name], report = part.from_pretrained(
-                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
-                output_loading_info=True, **options,
+                path, subfolder=name, dtype=precision, output_loading_info=True,
+                low_cpu_mem_usage=bool(in_float32),
             )  # fmt: skip
             if missing := list(report["missing_keys"]):
-                raise ValueError(f"{args.model}: {name} lacks weights, {missing[:3]}")
-    pipe = pipeline_class.from_pretrained(args.model, **parts)
-    is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-    if not is_flow or pipe.scheduler.config.use_dynamic_shifting:
-        raise ValueError(f"{args.model}: no FlowMatchEulerDiscreteScheduler with a static shift")
-    # Where a file's first tensor is in bf16, diffusers converts none: so convert all here, but the
-    # parts that the class keeps in float32.
-    in_float32 = set(pipe.transformer._keep_in_fp32_modules or ())
-    for name, p in pipe.transformer.named_parameters():
-        if in_float32.isdisjoint(name.split(".")):
-            p.data = p.data.to(dtype)
-    pipe.transformer.requires_grad_(False).to(device)
-    pipe.vae.requires_grad_(False).to(device)
-    height, width = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
-    return pipe, (pipe.transformer.config.in_channels, height, width)
+                raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
+            for key, p in parts[name].requires_grad_(False).named_parameters():
+                # Where a file's first tensor is in bf16, diffusers converts none.
+                if in_float32.isdisjoint(key.split(".")):
+                    p.data = p.data.to(precision)
+    return parts
 
 
-def schedule(pipe, steps, device):
-    """The sigmas of a sampler (steps + 1,), from 1 down to 0."""
+def load_pipeline(args, device):
+    """The pretrained pipeline, its text encoders still on the CPU, and the shape of latents."""
+    config = diffusers.DiffusionPipeline.load_config(args.model)
+    expect(args.model, config, _class_name=["StableDiffusion3Pipeline"])
+    scheduler = part_class(config, "scheduler").from_pretrained(args.model, subfolder="scheduler")
+    transformer = part_class(config, "transformer").load_config(args.model, subfolder="transformer")
+    vae = part_class(config, "vae").load_config(args.model, subfolder="vae")
+    expect(
+        args.model, scheduler.config, _class_name=["FlowMatchEulerDiscreteScheduler"],
+        use_dynamic_shifting=[False], invert_sigmas=[False], stochastic_sampling=[False],
+    )  # fmt: skip
+    expect(args.model, transformer, in_channels=[vae["latent_channels"]])
+    precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    parts = load_parts(args.model, config, dtype)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.model, **parts)
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    scale = pipe.vae_scale_factor
+    return pipe, (transformer["in_channels"], args.height // scale, args.width // scale)
+
+
+def schedule(pipe, steps, shape, device):
+    """The sigmas of a sampler (steps + 1,), from 1 down to 0. SD3's do not depend on the shape."""
     pipe.scheduler.set_timesteps(steps)
     return pipe.scheduler.sigmas.to(device)
 
@@ -490,7 +529,7 @@ def velocity(pipe, x, sigma, cond, uncond=None, guidance=1.0):
         v_uncond, v_cond = velocity(pipe, torch.cat([x, x]), sigma, both).chunk(2)
         return v_uncond + guidance * (v_cond - v_uncond)
     x = x.to(pipe.transformer.dtype)
-    timestep = (1000 * sigma).expand(len(x))
+    timestep = (pipe.scheduler.config.num_train_timesteps * sigma).expand(len(x))
     return pipe.transformer(x, *cond, timestep, return_dict=False)[0].float()
 
 
@@ -502,7 +541,7 @@ def decode(pipe, latents):
     images = []
     config = pipe.vae.config
     for z in latents.split(8):
-        pixels = pipe.vae.decode(z / config.scaling_factor + config.shift_factor).sample
+        pixels = pipe.vae.decode(z / config.scaling_factor + (config.shift_factor or 0)).sample
         images += pipe.image_processor.postprocess(pixels)
     return images
 
@@ -521,7 +560,7 @@ def batches(start, stop, size):
 @torch.no_grad()
 def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_batch):
     """Noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...), by an adapter."""
-    sigmas = schedule(pipe, steps, noise.device)
+    sigmas = schedule(pipe, steps, noise.shape[1:], noise.device)
     latents = []
     with use_adapter(layers, adapter):
         for rows in bar(batches(0, len(noise), micro_batch), "sample"):
@@ -538,28 +577,39 @@ def check(args):
         raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
     if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
         raise ValueError(f"runs/{args.name} exists: --resume it, or choose another --name")
+    for flag in (
+        "height", "width", "rank", "groups", "rollout_steps", "train_timesteps", "steps_per_epoch",
+        "eval_every", "eval_images", "eval_steps",
+    ):  # fmt: skip
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
+    if args.epochs < 0:
+        raise ValueError("--epochs has to be 0, to evaluate only, or more")
     if args.height % MULTIPLE or args.width % MULTIPLE:
         raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
     if K < 2 or args.micro_batch < K or args.micro_batch % K:
         raise ValueError("--group-size has to be 2 or more, --micro-batch a multiple of it")
-    if args.groups < 1 or args.groups % (args.steps_per_epoch * PROCESSES):
+    if args.groups % (args.steps_per_epoch * PROCESSES):
         raise ValueError("--groups has to be a multiple of --steps-per-epoch times processes")
-    for flag in ("rollout_steps", "train_timesteps", "eval_steps", "eval_images", "eval_every"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if len(args.old_decay) != 4 or len(args.sampler_decay) != 4:
         raise ValueError("--old-decay and --sampler-decay take four numbers")
+    rewards.check_names(args.reward, args.eval_rewards)
+    if args.resume:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        for flag in ("rank", "alpha", "lora"):
+            if getattr(args, flag) != saved[flag]:
+                raise ValueError(f"--{flag} of {args.resume} is {saved[flag]}, and stays so")
+    elif args.lora and not Path(args.lora).is_dir():
+        raise ValueError(f"--lora {args.lora}: there is no such folder")
 
 
-def train(args):
-    """The paper's Algorithm 1. Returns the run's folder."""
-    check(args)
+def run(args, folder):
+    """The paper's Algorithm 1."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
-    folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.groups * K // PROCESSES  # images per epoch of this process
 
@@ -608,8 +658,10 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
+    if args.resume and not args.epochs:  # only evaluate: the run stays as it is
+        folder = folder / "evaluation"
     if PROCESS == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
         print(f"{folder}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
 
@@ -639,9 +691,9 @@ def train(args):
         rewards.plot_curve(folder / "curve.png", metrics)
 
     sent = len(metrics)  # to Weights & Biases
-    if progress["epoch"] == 0 and PROCESS == 0:
+    if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    sigmas = schedule(pipe, args.rollout_steps, device)
+    sigmas = schedule(pipe, args.rollout_steps, shape, device)
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
@@ -745,6 +797,20 @@ def train(args):
     if PROCESSES > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def train(args):
+    """Check the settings, and `run` in a folder that no other run can take. Returns the folder."""
+    check(args)
+    folder = Path(args.resume or f"runs/{args.name}")
+    if PROCESS == 0 and not args.resume:
+        folder.mkdir(parents=True)
+    try:
+        run(args, folder)
+    except BaseException:
+        if PROCESS == 0 and not args.resume and not (folder / "metrics.jsonl").exists():
+            shutil.rmtree(folder)  # nothing has been evaluated yet: the name is free again
+        raise
     return folder
 
 

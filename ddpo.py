@@ -39,6 +39,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -56,6 +57,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import rewards
+
+if not hasattr(rewards, "parse_spec"):
+    raise ImportError(f"{rewards.__file__} hides the rewards.py that belongs to this script")
 
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -376,11 +380,14 @@ def load_lora(layers, pipe, path, prefix):
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
-    # 1 where the scale is folded into B. Our layers multiply by their own, so it is divided out.
-    scale = config.get(f"{prefix}.lora_alpha", 1) / config.get(f"{prefix}.r", 1)
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
-        B = tensors[f"{prefix}.{name}.lora_B.weight"] * scale / layer.scale
+        B = tensors[f"{prefix}.{name}.lora_B.weight"]
+        if A.shape != layer.A["policy"].shape:
+            raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
+        # 1 where the scale is folded into B. Our layers multiply by their own: divide it out.
+        scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
+        B = B * scale / layer.scale
         for adapter in layer.A:
             layer.load_state_dict({f"A.{adapter}": A, f"B.{adapter}": B}, strict=False)
 
@@ -422,7 +429,56 @@ def checkpoint(block, *inputs):
     return Checkpoint.apply(block, torch.ones((), requires_grad=True), *inputs)
 
 
-# The models: for another one, write another such class. `i` counts the sampler's steps from 0.
+# The models: for another one, write another such class, for MODELS. In all of them `i` counts the
+# sampler's steps from 0, and `shape` is that of an image's latents, as in diffusers' pipeline.
+# `MODEL=path python -m pytest -k "section and ddpo" test_crd.py` compares it with diffusers' own.
+
+MULTIPLE = 16  # of an image's sides
+
+
+def expect(path, settings, **expected):
+    """ValueError for a model with a setting that would be ignored here. One that is absent is fine."""
+    for name, values in expected.items():
+        value = settings.get(name, values[0])
+        if value not in values:
+            options = " or ".join(str(x) for x in values)
+            raise ValueError(f"{path} is not for this script: {name} is {value}, not {options}")
+
+
+def part_class(config, name):
+    """The class of a part of a pipeline, by model_index.json."""
+    module, class_name = config[name]
+    return getattr(importlib.import_module(module), class_name)
+
+
+def load_parts(path, config, dtype):
+    """The parts of a pipeline that have weights, frozen; None for those that are not used.
+
+    One by one, as a pipeline's `from_pretrained` only warns of weights that a file lacks, and
+    leaves them random.
+    """
+    parts = {}
+    for name, value in config.items():
+        is_unused = name in ("safety_checker", "feature_extractor", "image_encoder")
+        if is_unused or value == [None, None]:  # left out of the folder, as T5 may be
+            parts[name] = None
+        elif name.startswith(("transformer", "unet", "vae", "text_encoder")):
+            part = part_class(config, name)
+            precision = torch.float32 if name == "vae" else dtype
+            in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
+            # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
+            # installed. But diffusers demands it of a class with parts to keep in float32.
+            parts[name], report = part.from_pretrained(
+                path, subfolder=name, dtype=precision, output_loading_info=True,
+                low_cpu_mem_usage=bool(in_float32),
+            )  # fmt: skip
+            if missing := list(report["missing_keys"]):
+                raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
+            for key, p in parts[name].requires_grad_(False).named_parameters():
+                # Where a file's first tensor is in bf16, diffusers converts none.
+                if in_float32.isdisjoint(key.split(".")):
+                    p.data = p.data.to(precision)
+    return parts
 
 
 class StableDiffusion:
@@ -432,21 +488,33 @@ class StableDiffusion:
     target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # linear layers that get LoRA
     blocks = ("BasicTransformerBlock", "ResnetBlock2D")  # for --compile
 
-    def __init__(self, pipe, args, device):
-        scheduler = diffusers.DDIMScheduler.from_config(
-            pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-            timestep_spacing="leading",
+    @staticmethod
+    def check(args, scheduler, unet):
+        """ValueError for settings that this class does not compute, before weights are loaded."""
+        expect(
+            args.model, scheduler, prediction_type=["epsilon"], thresholding=[False],
+            timestep_spacing=["leading", "trailing"], rescale_betas_zero_snr=[False],
         )  # fmt: skip
-        if scheduler.config.prediction_type != "epsilon":
-            raise ValueError(f"{args.model} predicts no noise")
-        scheduler.set_timesteps(args.steps)
+        expect(args.model, unet, time_cond_proj_dim=[None])  # guidance would count twice
+        if args.steps >= scheduler["num_train_timesteps"]:
+            raise ValueError(f"--steps exceeds the model's {scheduler['num_train_timesteps']}")
+
+    def __init__(self, pipe, args, device):
+        self.scheduler = diffusers.DDIMScheduler.from_config(
+            pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        )
+        self.scheduler.set_timesteps(args.steps)
         self.network = pipe.unet
-        self.scheduler = scheduler
+        scale = pipe.vae_scale_factor
+        self.shape = (pipe.unet.config.in_channels, args.height // scale, args.width // scale)
         self.eta = args.eta
-        self.t = scheduler.timesteps.to(device)
-        self.t_next = self.t - scheduler.config.num_train_timesteps // args.steps
-        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-        self.text_options = {}
+        self.t = self.scheduler.timesteps.to(device)
+        self.t_next = self.t - self.scheduler.config.num_train_timesteps // args.steps
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+
+    def encode(self, pipe, prompts):
+        options = {"do_classifier_free_guidance": False}
+        return [pipe.encode_prompt(prompts, pipe.vae.device, 1, **options)[0]]
 
     def predict(self, x, i, cond):
         x = x.to(self.network.dtype)
@@ -468,21 +536,34 @@ class StableDiffusion3:
     )  # fmt: skip
     blocks = ("JointTransformerBlock",)
 
+    @staticmethod
+    def check(args, scheduler, transformer):
+        expect(
+            args.model, scheduler, _class_name=["FlowMatchEulerDiscreteScheduler"],
+            use_dynamic_shifting=[False], invert_sigmas=[False], stochastic_sampling=[False],
+        )  # fmt: skip
+
     def __init__(self, pipe, args, device):
-        is_flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-        if not is_flow or pipe.scheduler.config.use_dynamic_shifting:
-            raise ValueError(f"{args.model}: no FlowMatchEulerDiscreteScheduler, static shift")
         pipe.scheduler.set_timesteps(args.steps)
         self.network = pipe.transformer
+        scale = pipe.vae_scale_factor
+        channels = pipe.transformer.config.in_channels
+        self.shape = (channels, args.height // scale, args.width // scale)
+        self.max_sequence_length = args.max_sequence_length
         self.noise_level = args.noise_level
         self.sigmas = pipe.scheduler.sigmas.to(device)
-        self.text_options = {
-            "prompt_2": None, "prompt_3": None, "max_sequence_length": args.max_sequence_length
-        }  # fmt: skip
+        self.timesteps = pipe.scheduler.config.num_train_timesteps * self.sigmas
+
+    def encode(self, pipe, prompts):
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompts, None, None, pipe.vae.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )  # fmt: skip
+        return [embeds, pooled]
 
     def predict(self, x, i, cond):
         x = x.to(self.network.dtype)
-        timestep = (1000 * self.sigmas[i]).expand(len(x))
+        timestep = self.timesteps[i].expand(len(x))
         return self.network(x, *cond, timestep, return_dict=False)[0].float()
 
     def step(self, prediction, x, i, x_next=None, noise_scale=1.0, generator=None):
@@ -491,66 +572,44 @@ class StableDiffusion3:
         return flow_sde_step(prediction, x, sigma, sigma_next, sigma_max, level, x_next, generator)
 
 
-def load_pipeline(args, device):
-    """The pretrained pipeline, frozen, its text encoders on the CPU, and its model, as above.
+MODELS = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3}
 
-    Loaded part by part, as a pipeline's `from_pretrained` only warns of weights that a file lacks,
-    and leaves them random.
-    """
-    models = {
-        "StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3
-    }  # fmt: skip
+
+def load_pipeline(args, device):
+    """The pretrained pipeline, its text encoders still on the CPU, and its model, as above."""
     config = diffusers.DiffusionPipeline.load_config(args.model)
+    expect(args.model, config, _class_name=list(MODELS))
+    model_class = MODELS[config["_class_name"]]
+    scheduler = part_class(config, "scheduler").from_pretrained(args.model, subfolder="scheduler")
+    network = part_class(config, model_class.prefix).load_config(
+        args.model, subfolder=model_class.prefix
+    )
+    vae = part_class(config, "vae").load_config(args.model, subfolder="vae")
+    expect(args.model, network, in_channels=[vae["latent_channels"]])
+    model_class.check(args, scheduler.config, network)
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    parts = {}
-    for name, value in config.items():
-        is_unused = name in ("safety_checker", "feature_extractor", "image_encoder")
-        if is_unused or value == [None, None]:  # left out of the folder, as T5 may be
-            parts[name] = None
-        elif name == "vae" or name.startswith(("unet", "transformer", "text_encoder")):
-            part = getattr(importlib.import_module(value[0]), value[1])
-            # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
-            # installed. But diffusers demands it of a class with parts to keep in float32.
-            options = {"low_cpu_mem_usage": bool(getattr(part, "_keep_in_fp32_modules", None))}
-            parts[name], report = part.from_pretrained(
-                args.model, subfolder=name, dtype=torch.float32 if name == "vae" else dtype,
-                output_loading_info=True, **options,
-            )  # fmt: skip
-            if missing := list(report["missing_keys"]):
-                raise ValueError(f"{args.model}: {name} lacks weights, {missing[:3]}")
-    pipeline_class = getattr(diffusers, config["_class_name"])
-    pipe = pipeline_class.from_pretrained(args.model, **parts)
-    model = models[config["_class_name"]](pipe, args, device)
-    # Where a file's first tensor is in bf16, diffusers converts none: so convert all here, but the
-    # parts that the class keeps in float32.
-    in_float32 = set(model.network._keep_in_fp32_modules or ())
-    for name, p in model.network.named_parameters():
-        if in_float32.isdisjoint(name.split(".")):
-            p.data = p.data.to(dtype)
-    model.network.requires_grad_(False).to(device)
-    pipe.vae.requires_grad_(False).to(device)
+    parts = load_parts(args.model, config, dtype)
+    pipe = getattr(diffusers, config["_class_name"]).from_pretrained(args.model, **parts)
+    model = model_class(pipe, args, device)
+    model.network.to(device)
+    pipe.vae.to(device)
     return pipe, model
 
 
 @torch.no_grad()
 def encode(pipe, model, prompts):
-    """N prompts -> [embeddings (N, tokens, width), for Stable Diffusion 3 also pooled (N, width)].
-    The encoders visit the device."""
-    device = pipe.vae.device
+    """N prompts -> tensors (N, ...), for `predict`. The text encoders visit the device."""
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
     # Kept on the CPU, so that nothing has to be copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
-        encoder.to(device)
-    parts = pipe.encode_prompt(
-        prompts, device=device, num_images_per_prompt=1,
-        do_classifier_free_guidance=False, **model.text_options,
-    )  # fmt: skip
+        encoder.to(pipe.vae.device)
+    cond = model.encode(pipe, prompts)
     for encoder, weights in zip(encoders, cpu_weights):
         encoder.load_state_dict(weights, assign=True)
-    return [part for part in parts if part is not None]
+    return cond
 
 
 @torch.no_grad()
@@ -576,30 +635,44 @@ def check(args):
         raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
     if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
         raise ValueError(f"runs/{args.name} exists: --resume it, or choose another --name")
-    if args.height % 16 or args.width % 16:
-        raise ValueError("--height and --width have to be multiples of 16")
-    if args.images < 1 or args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
+    for flag in (
+        "height", "width", "rank", "images", "group_size", "steps", "micro_batch", "updates",
+        "eval_every", "eval_images",
+    ):  # fmt: skip
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
+    if args.epochs < 0:
+        raise ValueError("--epochs has to be 0, to evaluate only, or more")
+    if args.height % MULTIPLE or args.width % MULTIPLE:
+        raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
+    if args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
         raise ValueError("--images: no multiple of --updates and --group-size, times processes")
     if args.algorithm == "sf" and args.updates != 1:
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
         raise ValueError("--deterministic-steps leaves no step to train on")
-    for flag in ("micro_batch", "eval_images", "eval_every"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.stat_min > HISTORY:
         raise ValueError(f"--stat-min exceeds the {HISTORY} rewards that are kept of a prompt")
+    rewards.check_names(args.reward, args.eval_rewards)
+    if args.resume:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        for flag in ("rank", "alpha", "lora"):
+            if getattr(args, flag) != saved[flag]:
+                raise ValueError(f"--{flag} of {args.resume} is {saved[flag]}, and stays so")
+        parts, saved_parts = map(rewards.parse_spec, (args.reward, saved["reward"]))
+        if args.epochs and [x[::2] for x in parts] != [x[::2] for x in saved_parts]:
+            raise ValueError(f"--reward of {args.resume} stays: its past rewards are the baseline")
+    elif args.lora and not Path(args.lora).is_dir():
+        raise ValueError(f"--lora {args.lora}: there is no such folder")
 
 
-def train(args):
-    """Sample, score, improve (paper, sec. 4). Returns the run's folder."""
-    check(args)
+def run(args, folder):
+    """Sample, score, improve (paper, sec. 4)."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
-    folder = Path(args.resume or f"runs/{args.name}")
     K = args.group_size
     N = args.images // PROCESSES  # images per epoch of this process
     random_steps = args.steps - args.deterministic_steps
@@ -622,8 +695,6 @@ def train(args):
     # The model, its adapters, and the optimizer of `policy`
     torch.manual_seed(args.seed)
     pipe, model = load_pipeline(args, device)
-    scale = pipe.vae_scale_factor
-    shape = (model.network.config.in_channels, args.height // scale, args.width // scale)
     uncond = encode(pipe, model, [""])
     held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
     layers = add_lora(model.network, model.target_modules, args.rank, args.alpha, ADAPTERS)
@@ -653,8 +724,10 @@ def train(args):
         progress = state["progress"]
         metrics = state["metrics"]
         history = state["history"]
+    if args.resume and not args.epochs:  # only evaluate: the run stays as it is
+        folder = folder / "evaluation"
     if PROCESS == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
         print(f"{folder}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
 
@@ -668,7 +741,9 @@ def train(args):
     def evaluate():
         """Draw held-out prompts with `ema`, from the same x_T each time and without other noise;
         score, save, show them."""
-        noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
+        noise = torch.randn(
+            len(held_out), *model.shape, generator=torch.Generator().manual_seed(1234)
+        )
         micro_batches = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
             x0, _, _ = rollout(
@@ -686,7 +761,7 @@ def train(args):
         rewards.plot_curve(folder / "curve.png", metrics)
 
     sent = len(metrics)  # to Weights & Biases
-    if progress["epoch"] == 0 and PROCESS == 0:
+    if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
     per_update = N // args.updates
     starts = range(0, N, per_update)
@@ -704,7 +779,7 @@ def train(args):
         stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
         pairs = list(itertools.islice(stream, N // K))
         cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
-        noise = torch.randn(N, *shape, generator=generator, device=device)
+        noise = torch.randn(N, *model.shape, generator=generator, device=device)
         x0, states, log_probs = rollout(
             model, noise, cond, uncond, sum(updates, []), random_steps, args, generator
         )
@@ -781,6 +856,20 @@ def train(args):
     if PROCESSES > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def train(args):
+    """Check the settings, and `run` in a folder that no other run can take. Returns the folder."""
+    check(args)
+    folder = Path(args.resume or f"runs/{args.name}")
+    if PROCESS == 0 and not args.resume:
+        folder.mkdir(parents=True)
+    try:
+        run(args, folder)
+    except BaseException:
+        if PROCESS == 0 and not args.resume and not (folder / "metrics.jsonl").exists():
+            shutil.rmtree(folder)  # nothing has been evaluated yet: the name is free again
+        raise
     return folder
 
 

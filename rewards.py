@@ -184,13 +184,26 @@ def check(spec, pairs):
             kind.check(prompt, metadata)
 
 
+def logged_name(name, path):
+    return f"{name}@{Path(path).absolute().name}" if path else name
+
+
+def check_names(*specs):
+    """ValueError for two rewards that would be logged under one name."""
+    paths = {}
+    for name, path, _ in itertools.chain(*(parse_spec(spec) for spec in specs if spec)):
+        path = path and Path(path).absolute()
+        if paths.setdefault(logged_name(name, path), path) != path:
+            raise ValueError(f"rewards at {path} and elsewhere: both are {logged_name(name, path)}")
+
+
 def load(spec, device):
     """The Reward of a spec."""
     parts = []
     for name, path, weight in parse_spec(spec):
         reward = reward_class(name)(path, torch.device(device))
         if path:
-            reward.name = f"{name}@{Path(path).absolute().name}"
+            reward.name = logged_name(name, path)
         if reward.name in LOGGED:
             raise ValueError(f"reward {name}: under {reward.name!r} a run logs something else")
         lo, hi = reward.range
@@ -1206,11 +1219,18 @@ def read_prompts(source):
         raise ValueError(f"{source}: prompts come from a .txt or .jsonl file or {list(PROMPTS)}")
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            is_json = path.suffix == ".jsonl"
-            metadata = json.loads(line, object_hook=drop_nulls) if is_json else {"prompt": line}
-            prompt = metadata.pop("prompt").strip()
-            pairs.append((prompt, {"origin": f"{source}, line {number}", **metadata}))
+        if not line.strip():
+            continue
+        origin = f"{source}, line {number}"
+        metadata = {"prompt": line}
+        if path.suffix == ".jsonl":
+            try:
+                metadata = json.loads(line, object_hook=drop_nulls)
+            except ValueError as error:
+                raise ValueError(f"{origin} is no JSON: {error}") from error
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+            raise ValueError(f"{origin} is no object with a text called prompt")
+        pairs.append((metadata.pop("prompt").strip(), {"origin": origin, **metadata}))
     return pairs
 
 

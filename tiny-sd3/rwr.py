@@ -76,7 +76,7 @@ def regression_loss(model, x0, weights, cond, uncond, args, generator):
 
 
 def train(args):
-    """As ddpo.train, but for what is learned from the images. Returns the run's folder."""
+    """As ddpo.run, but for what is learned from the images. Returns the run's folder."""
     ddpo.check(args)
     if ddpo.PROCESSES > 1 or args.wandb or args.compile:
         raise ValueError("rwr.py has one process, no --wandb and no --compile")
@@ -96,8 +96,6 @@ def train(args):
 
     torch.manual_seed(args.seed)
     pipe, model = ddpo.load_pipeline(args, device)
-    scale = pipe.vae_scale_factor
-    shape = (model.network.config.in_channels, args.height // scale, args.width // scale)
     uncond = ddpo.encode(pipe, model, [""])
     held_out_cond = ddpo.encode(pipe, model, [prompt for prompt, _ in held_out])
     layers = ddpo.add_lora(
@@ -137,7 +135,9 @@ def train(args):
     def evaluate():
         """Draw held-out prompts with `ema`, from the same x_T each time and without other noise;
         score, save, show them."""
-        noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
+        noise = torch.randn(
+            len(held_out), *model.shape, generator=torch.Generator().manual_seed(1234)
+        )
         micro_batches = ddpo.batches(0, len(held_out), args.micro_batch)
         with ddpo.use_adapter(layers, "ema"):
             x0, _, _ = ddpo.rollout(
@@ -169,7 +169,7 @@ def train(args):
         stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
         pairs = list(itertools.islice(stream, N // K))
         cond = [c.repeat_interleave(K, 0) for c in ddpo.encode(pipe, model, [p for p, _ in pairs])]
-        noise = torch.randn(N, *shape, generator=generator, device=device)
+        noise = torch.randn(N, *model.shape, generator=generator, device=device)
         x0, _, _ = ddpo.rollout(model, noise, cond, uncond, drawn_in, random_steps, args, generator)
         images = ddpo.decode(pipe, x0)
         clock.append(time.perf_counter())
