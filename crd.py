@@ -426,7 +426,7 @@ MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 
 
 def expect(path, settings, **expected):
-    """ValueError for a model with a setting that would be ignored here. One that is absent is fine."""
+    """ValueError for a model that has a setting which would be ignored here."""
     for name, values in expected.items():
         value = settings.get(name, values[0])
         if value not in values:
@@ -614,12 +614,12 @@ def run(args, folder):
     N = args.groups * K // PROCESSES  # images per epoch of this process
 
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
-    source = args.prompts or rewards.default_prompts(args.reward)
-    held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
+    source = args.prompts or rewards.default_source(args.reward)
+    held_out = rewards.evaluation_prompts(source, args.eval_images, args.eval_prompts)
     if args.epochs:  # raises if the held-out prompts leave none to train on
         next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
-    rewards.check(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check(args.eval_rewards or args.reward, held_out)
+    rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
+    rewards.check_prompts(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
     if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)

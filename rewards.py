@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 
 
 class Reward:
@@ -42,7 +42,7 @@ class Reward:
 
     name = None  # under which it is logged: by default as in the spec
     range = (0.0, 1.0)  # where scores lie, only used by `normalize`
-    prompts = "animals"  # the prompt generator that suits it
+    source = "animals"  # of prompts that suit it, unless --prompts is given
     batch = 16  # images per forward pass
 
     def __init__(self, path, device):
@@ -169,14 +169,14 @@ def reward_class(name):
     return FunctionReward
 
 
-def default_prompts(spec):
+def default_source(spec):
     """The prompt generator that suits a spec: that of its first reward."""
     names = [name for name, _, _ in parse_spec(spec)]
     picky = [name for name in ("ocr", "geneval") if name in names]  # they can score no others
-    return reward_class([*picky, *names][0]).prompts
+    return reward_class([*picky, *names][0]).source
 
 
-def check(spec, pairs):
+def check_prompts(spec, pairs):
     """ValueError for a (prompt, metadata) that a reward cannot score, before anything is loaded."""
     for name, _, _ in parse_spec(spec):
         kind = reward_class(name)
@@ -215,9 +215,9 @@ def load(spec, device):
     return WeightedSum(parts)
 
 
-def normalize(R, range):
+def normalize(R, bounds):
     """Rewards on [0, 1]: (R - lo) / (hi - lo), clipped."""
-    lo, hi = range
+    lo, hi = bounds
     return ((R - lo) / (hi - lo)).clamp(0, 1)
 
 
@@ -261,7 +261,7 @@ class Color(Reward):
     reward for tiny-sd3's signs. Hacked by signs without a word."""
 
     name = "color"
-    prompts = "signs"
+    source = "signs"
 
     @classmethod
     def check(cls, prompt, metadata):
@@ -348,7 +348,7 @@ class OCR(Reward):
     so the steps around the networks are ours."""
 
     name = "ocr"
-    prompts = "ocr"
+    source = "ocr"
 
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`."""
@@ -620,7 +620,7 @@ class CLIPScore(Reward):
 
     name = "clipscore"
     range = (0.0, 0.4)
-    prompts = "geneval"
+    source = "geneval"
     weights = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def __init__(self, path, device):
@@ -727,7 +727,7 @@ class ImageReward(Reward):
 
     name = "imagereward"
     range = (-2.0, 2.0)
-    prompts = "geneval"
+    source = "geneval"
     mean = 0.16717362830052426  # of the authors' scores
     std = 1.0333394966054072
     # BLIP-large, where it differs from transformers' defaults.
@@ -817,7 +817,7 @@ class VLM(Chat):
     (LLaVA), MIT (DeBERTa)."""
 
     name = "vlm"
-    prompts = "activities"
+    source = "activities"
     template = "USER: {image}\n{question} ASSISTANT:"
     image_token = "<image>"
     max_new_tokens = 64
@@ -868,7 +868,7 @@ class UnifiedReward(Chat):
 
     name = "unifiedreward"
     range = (1.0, 5.0)
-    prompts = "geneval"
+    source = "geneval"
     template = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -956,7 +956,7 @@ class GenEval(Reward):
     Weights: "other" (Mask2Former), no license stated (CLIP)."""
 
     name = "geneval"
-    prompts = "geneval"
+    source = "geneval"
     threshold = 0.3  # of a detection's score, but 0.9 for counting
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
@@ -1165,7 +1165,7 @@ def subjects(prompt, metadata):
 
 
 def prompts(source, split, seed=0, eval_file=None):
-    """Pairs (prompt, metadata) of a generator in `PROMPTS`, or of a .txt or .jsonl file. "train":
+    """Pairs (prompt, metadata) of a source: one of `GENERATORS`, or a .txt or .jsonl file. "train":
     without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
     None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
     on, nor the same objects in another order. With an `eval_file`, no prompt of that file is, and
@@ -1181,10 +1181,10 @@ def endless(source, split, rng, eval_file=None):
     excluded = set()
     if eval_file:
         excluded.update(*(subjects(*pair) for pair in read_prompts(eval_file)))
-    if source in PROMPTS:
+    if source in GENERATORS:
         tag = None
         rejected = 0  # in a row
-        for item in PROMPTS[source](split, rng):  # prompts, or pairs
+        for item in GENERATORS[source](split, rng):  # prompts, or pairs
             prompt, metadata = (item, {}) if isinstance(item, str) else item
             if rejected and metadata.get("tag") != tag:
                 continue  # the next one has a rejected one's tag, or the mixture would change
@@ -1212,11 +1212,11 @@ def endless(source, split, rng, eval_file=None):
 def read_prompts(source):
     """All pairs (prompt, metadata) of a file, or a generator's evaluation list. Metadata are the
     fields of a .jsonl's line, and `origin`, file and line, if no field is called so."""
-    if source in PROMPTS:
+    if source in GENERATORS:
         return prompts(source, "eval")
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{source}: prompts come from a .txt or .jsonl file or {list(PROMPTS)}")
+        raise ValueError(f"{source}: prompts come from a .txt or .jsonl file or {list(GENERATORS)}")
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -1234,7 +1234,7 @@ def read_prompts(source):
     return pairs
 
 
-def held_out_prompts(source, count, file=None):
+def evaluation_prompts(source, count, file=None):
     """All pairs of a file, or `count` evaluation pairs of a source; a short list comes again."""
     if file:
         return read_prompts(file)
@@ -1367,8 +1367,8 @@ def phrase(name, count=1, color=None):
     return f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}"
 
 
-PROMPTS = dict(ocr=text_prompts, geneval=geneval_prompts, animals=animal_prompts)
-PROMPTS |= dict(activities=activity_prompts, signs=sign_prompts)
+GENERATORS = dict(ocr=text_prompts, geneval=geneval_prompts, animals=animal_prompts)
+GENERATORS |= dict(activities=activity_prompts, signs=sign_prompts)
 
 
 # Pictures of a run

@@ -1283,7 +1283,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
     (crd, "sd1", {}, "is StableDiffusionPipeline, not StableDiffusion3Pipeline"),
     (ddpo, "sd1", dict(unet=dict(in_channels=9)), "in_channels is 9, not 4"),
     (ddpo, "sd1", dict(unet=dict(time_cond_proj_dim=32)), "time_cond_proj_dim is 32, not None"),
-    (ddpo, "sd1", dict(scheduler=dict(prediction_type="v_prediction")), "v_prediction, not epsilon"),
+    (ddpo, "sd1", dict(scheduler=dict(prediction_type="v_prediction")), "epsilon"),
     (ddpo, "sd1", dict(scheduler=dict(timestep_spacing="linspace")), "linspace, not leading or"),
     (ddpo, "sd1", dict(scheduler=dict(thresholding=True)), "thresholding is True"),
     (ddpo, "sd1", dict(scheduler=dict(rescale_betas_zero_snr=True)), "rescale_betas_zero_snr"),
@@ -1341,7 +1341,7 @@ def test_a_lora_saved_by_peft_is_every_adapter(tmp_path, script, rank, alpha):
 
 
 def save_with_peft(pipe, config, path):
-    """A LoRA of random weights, put into the pipeline and saved as diffusers' training scripts do."""
+    """A LoRA of random weights, put into the pipeline and saved as by diffusers' scripts."""
     from peft import get_peft_model_state_dict
 
     torch.manual_seed(0)
@@ -1431,7 +1431,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeyp
 
 @in_both_scripts
 def test_a_folder_stored_in_float32_computes_in_bf16_if_asked(tmp_path, script):
-    """All but the VAE; also where the first tensor of the file is in bf16, and the others are not."""
+    """All but the VAE; also where the file's first tensor is in bf16, and the others are not."""
     tiny(dtype="fp32").save_pretrained(tmp_path)
     path = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -1782,8 +1782,10 @@ def test_an_edit_costs_a_letter_and_case_spaces_and_unicode_form_nothing(text, l
 @parametrize("prompt, text", [
     ('a 12" ruler that says "hello", not "b"', "hello"), ('("hi")', "hi"), ('an empty ""', ""),
     ('a 12" ruler', ""), ('one " only', ""), ('a 24" x 36½" poster: "Route 66"', "Route 66"),
-    ('写着"你好！"和"再见"', "你好！"), ('上面写着"你好"', "你好"), ('sign reads"Hello!"and"Bye"', "Hello!"),
-    ("a mug with “Good Morning” on it", "Good Morning"), ("写着“中文”的牌子", "中文"),
+    ('写着"你好！"和"再见"', "你好！"), ('上面写着"你好"', "你好"),
+    ('sign reads"Hello!"and"Bye"', "Hello!"),
+    ("a mug with “Good Morning” on it", "Good Morning"),
+    ("写着“中文”的牌子", "中文"),
     ("ein Schild „Hallo“", "Hallo"), ("en skylt med ”Hej”", "Hej"),
     ('вывеска"Хлеб" и "Соль"', "Хлеб"), ('לוח "שלום"', "שלום"), ('شاحنة"خبز"', "خبز"),
     ('“say "hi"”', 'say "hi"'), ('a “12" pizza” box', '12" pizza'), ("it's 'single'", ""),
@@ -2107,7 +2109,7 @@ import rewards
 
 class Dark(rewards.Reward):
     name = "dark"
-    prompts = "signs"
+    source = "signs"
 
     def score_batch(self, images, prompts):
         return [-image.getpixel((0, 0))[0] for image in images]
@@ -2170,8 +2172,8 @@ def test_ones_own_reward_is_a_function_or_a_class(own):
     reward = rewards.load("own_rewards.bright:2,own_rewards.Dark", "cpu")
     assert reward.range == (0, 511)
     assert reward.score([FLAT], ["a"], [{}]) == (90, {"own_rewards.bright": 90, "dark": -90})
-    assert rewards.default_prompts("own_rewards.Dark") == "signs"
-    assert rewards.default_prompts("color,geneval:-1") == "geneval"
+    assert rewards.default_source("own_rewards.Dark") == "signs"
+    assert rewards.default_source("color,geneval:-1") == "geneval"
     reward = rewards.load("own_rewards.Nameless,own_rewards.bright:0.5", "cpu")
     R, values = reward.score([FLAT], ["a"], [{}])
     assert values == {"own_rewards.Nameless": 7, "own_rewards.bright": 90}
@@ -2187,7 +2189,7 @@ def test_the_readmes_own_rewards_work(own):
     R, _ = reward.score([Image.new("RGB", (9, 9), "white")], ["a"], [{}])
     assert R.tolist() == [1 + 200 - 255]
     with pytest.raises(ValueError, match="reward likeness cannot score '': it needs a prompt"):
-        rewards.check("own_rewards.Likeness", [("", {})])
+        rewards.check_prompts("own_rewards.Likeness", [("", {})])
 
 
 @parametrize("name", ["shrink", "blacken", "rename", "shorten"])
@@ -2290,9 +2292,9 @@ def test_each_line_of_a_file_is_for_training_or_for_evaluation(tmp_path):
     assert set(some_prompts(source, "train")) == words - set(held_out)
     orders = [some_prompts(source, "train", seed, 20) for seed in (1, 2)]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
-    few = rewards.held_out_prompts(source, 40)  # a short list comes again
+    few = rewards.evaluation_prompts(source, 40)  # a short list comes again
     assert [prompt for prompt, _ in few] == (held_out * 40)[:40]
-    assert len(rewards.held_out_prompts("signs", 2, file=source)) == 40
+    assert len(rewards.evaluation_prompts("signs", 2, file=source)) == 40
 
 
 def want(name, count=1, **more):
@@ -2463,7 +2465,7 @@ def test_constants_are_the_published_ones():
     assert THRESHOLDS == (0.3, 800, 1333, 40, 512, (512, 512))
     ranges = {name: rewards.REWARDS[name].range for name in ("imagereward", "incompressibility")}
     assert ranges == {"imagereward": (-2, 2), "incompressibility": (0.6, 200)}
-    assert rewards.REWARDS["vlm"].prompts == "activities"
+    assert rewards.REWARDS["vlm"].source == "activities"
     assert zlib.crc32(" ".join(rewards.CLASSES).encode()) == CLASSES_CRC
     for name, repository, lo, hi in (
         ("clipscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 0, 0.4),

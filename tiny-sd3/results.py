@@ -80,7 +80,7 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "tune-jpeg-sparse-low": ("rwr", 24, f"{JPEG} --sparse --lr 5e-4"),
     "tune-jpeg-is": ("ddpo", 24, JPEG),
     "tune-jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48"),
-    # A LoRA of a run above, evaluated once more: CRD's with guidance, DDPO's by the solver of crd.py
+    # A LoRA of a run above, evaluated anew: CRD's with guidance, DDPO's by the solver of crd.py
     "crd-guided": ("crd", 0, "--lora runs/crd-{seed}/epoch-0024 --eval-guidance 1.5"),
     "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
     "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0048"),
@@ -257,7 +257,7 @@ def draw_pairs(file, before, after, count=6):
     """The first held-out signs, cut from the contact sheets of two evaluations, each pair over the
     word that was asked for."""
     sheets = [Image.open(f"runs/{name}/images.png") for name in (before, after)]
-    words = [prompt.split('"')[1] for prompt, _ in rewards.held_out_prompts("signs", count)]
+    words = [prompt.split('"')[1] for prompt, _ in rewards.evaluation_prompts("signs", count)]
     width, height = 256, 128  # of a sign in a sheet: see rewards.contact_sheet
     grid = Image.new("RGB", (150 + count * (width + 12), 2 * (height + 12) + 60), "white")
     pen = ImageDraw.Draw(grid)

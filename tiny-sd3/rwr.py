@@ -1,5 +1,5 @@
-"""Reward-weighted regression, the baselines of DDPO's paper (Black et al. 2023, sec. 4.2), on ddpo.py's
-parts: its models, rollout, evaluation and files.
+"""Reward-weighted regression, the baselines of DDPO's paper (Black et al. 2023, sec. 4.2), on
+ddpo.py's parts: its models, rollout, evaluation and files.
 
 Draw images as DDPO does, score them, and train the model's own denoising loss on them, weighted by
 their advantages (`rwr`), or on the best alone (`rwr-sparse`). Nothing is known of the sampler's
@@ -86,10 +86,10 @@ def train(args):
     N = args.images
     random_steps = args.steps - args.deterministic_steps
 
-    source = args.prompts or rewards.default_prompts(args.reward)
-    held_out = rewards.held_out_prompts(source, args.eval_images, args.eval_prompts)
-    rewards.check(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check(args.eval_rewards or args.reward, held_out)
+    source = args.prompts or rewards.default_source(args.reward)
+    held_out = rewards.evaluation_prompts(source, args.eval_images, args.eval_prompts)
+    rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
+    rewards.check_prompts(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
     if args.eval_rewards:
         held_out_reward = rewards.load(args.eval_rewards, device)
