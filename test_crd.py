@@ -607,6 +607,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {path!r})
 import torch, rewards, test_crd
+from types import SimpleNamespace
 from test_crd import {name} as script
 
 seen = []
@@ -623,35 +624,50 @@ def spy_loss(*args, **options):
     return loss(*args, **options)
 
 def spy_score(self, *args):
-    result = score(self, *args)
-    seen[:] = [torch.tensor(result[0])]
-    return result
+    R, details = score(self, *args)
+    seen[:] = [torch.tensor(R)]
+    return R, {{"detail": 3.0}} if script.PROCESS == 0 else details
 
 def spy_clip(parameters, *args, **options):
     gradients = torch.cat([p.grad.flatten() for p in parameters])
-    torch.save((gradients, seen, own), f"seen-{{script.PROCESS}}.pt")
+    weights = torch.cat([p.detach().flatten() for p in parameters])
+    torch.save((gradients, seen, own, weights, started), f"seen-{{script.PROCESS}}.pt")
     return clip(parameters, *args, **options)
+
+started = []
+sys.modules["wandb"] = SimpleNamespace(
+    init=lambda **options: started.append(options["id"]), log=lambda line: None
+)
 
 script.{loss} = spy_loss
 rewards.Incompressibility.score_all = spy_score
 torch.nn.utils.clip_grad_norm_ = spy_clip
 torch.distributed.all_reduce = spy_all_reduce
-script.train(test_crd.short(script, name="two", epochs=2, **{settings}))
+if "--resume" in sys.argv:
+    args = script.parse()
+else:
+    args = test_crd.short(script, name="two", epochs=1, lora="lora", wandb="project", **{settings})
+script.train(args)
 """
 
 
 @in_both_scripts
 def test_two_processes_stay_identical_and_finish(run, script):
     """Each draws its own images and learns from their rewards, with the mean of both gradients. All
-    rewards together decide their advantages."""
+    rewards together decide their advantages. So it is from a LoRA, and after a stop."""
+    (run(script, "first", 1, lr=0.1) / "epoch-0001").rename("lora")
     settings = dict(groups=4) if script is crd else dict(updates=1, stat_min=32)
     loss, A = ("crd_loss", 1) if script is crd else ("importance_sampling_loss", 2)
     names = {"path": str(TINY.parent), "name": script.__name__, "loss": loss, "A": A}
     Path("both.py").write_text(SCRIPT.format(**names, settings=settings))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run([*torchrun, "--nproc-per-node=2", "both.py"], check=True)
+    flags = ["--resume", "runs/two", "--epochs", "2"]
+    subprocess.run([*torchrun, "--nproc-per-node=2", "both.py", *flags], check=True)
     first, second = (torch.load(f"seen-{rank}.pt") for rank in (0, 1))
     assert_close(first[0], second[0], rtol=0, atol=0)
+    assert_close(first[3], second[3], rtol=0, atol=0)  # the policy's weights
+    assert first[4] == ["two"] and second[4] == []  # only the first calls wandb.init
     assert not torch.equal(first[2][0], second[2][0])
     assert_close(first[0], (first[2][0] + second[2][0]) / 2)
     R = torch.cat([first[1][0], second[1][0]])
@@ -662,10 +678,11 @@ def test_two_processes_stay_identical_and_finish(run, script):
         expected = (R - R.mean()) / (R.std(correction=0) + 1e-6)
     assert_close(torch.cat([first[1][1], second[1][1]]), expected)
     lines = read_metrics(Path("runs/two"))
-    assert [line["epoch"] for line in lines] == [0, 1, 2, 2]
+    assert [line["epoch"] for line in lines] == [0, 1, 1, 2, 2]
     assert lines[-1]["images"] == 2 * 8
     assert lines[-2]["reward"] == pytest.approx(R.mean().item())
     assert lines[-2]["incompressibility"] == pytest.approx(R.mean().item())
+    assert lines[-2]["detail"] == 3  # which the other process lacks
     if script is ddpo:
         history = torch.load("runs/two/state.pt")["history"]
         assert [len(x) for x in history.values()] == [2] * 8  # of four prompts an epoch
@@ -1068,7 +1085,7 @@ def test_weights_and_biases_hears_of_an_epoch_after_its_state_is_saved(run, monk
 
 
 @in_both_scripts
-def test_in_bf16_timesteps_and_predictions_are_float32(monkeypatch, script):
+def test_in_bf16_timesteps_and_predictions_are_float32(sd1, monkeypatch, script):
     pipe, model = script.load_pipeline(short(script, dtype="bf16"), CPU)
     forward = Mock(wraps=pipe.transformer.forward)
     monkeypatch.setattr(pipe.transformer, "forward", forward)
@@ -1080,6 +1097,11 @@ def test_in_bf16_timesteps_and_predictions_are_float32(monkeypatch, script):
         else:
             v = ddpo.guided(model, x, 1, cond, None, 1.0)
     assert v.dtype == forward.call_args.args[3].dtype == torch.float32
+    if script is ddpo:
+        _, model = ddpo.load_pipeline(short(ddpo, dtype="bf16", **sd1), CPU)
+        with torch.no_grad():
+            noise_pred = model.predict(x[:, :4], 1, [randn(2, 3, 64).bfloat16()])
+        assert noise_pred.dtype == torch.float32
 
 
 def test_a_compiled_run_does_the_same(run, monkeypatch):
@@ -1170,8 +1192,8 @@ def section_args(sd1, tmp_path, request):
         settings = sd1 | dict(height=48)
     if name == "sd1 trailing":  # the first step is at the last timestep, as for one-step models
         pipe, _ = ddpo.load_pipeline(short(ddpo, **sd1), CPU)
-        scheduler = dict(timestep_spacing="trailing", steps_offset=1, num_train_timesteps=600)
-        settings["model"] = save_changed(pipe, tmp_path, **scheduler)
+        scheduler = dict(timestep_spacing="trailing", beta_schedule="scaled_linear", beta_end=0.012)
+        settings["model"] = save_changed(pipe, tmp_path, num_train_timesteps=600, **scheduler)
     settings |= dict(steps=3) if script is ddpo else {}
     return script, short(script, **settings)
 
@@ -1444,10 +1466,11 @@ def test_a_folder_stored_in_float32_computes_in_bf16_if_asked(tmp_path, script):
 
 
 @in_both_scripts
-@parametrize("part", ["transformer/diffusion_pytorch_model", "text_encoder/model"])
+@parametrize("part", ["transformer/diffusion_pytorch_model", "text_encoder/model", "vae"])
 def test_a_base_model_that_lacks_a_tensor_is_refused(tmp_path, script, part):
     """The libraries would draw random weights, others at every start, and only warn."""
     tiny().save_pretrained(tmp_path)
+    part = f"{part}/diffusion_pytorch_model" if part == "vae" else part
     path = tmp_path / f"{part}.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "projection" in name or "to_q.weight" in name)
@@ -1495,7 +1518,23 @@ GENEVAL = PAPER | dict(
 DDPO = dict(
     model="CompVis/stable-diffusion-v1-4", steps=50, deterministic_steps=0, guidance=5, eta=1,
     images=256, updates=4, clip=1e-4, stat_min=16, lr=3e-4, ema=0.9, reward="compressibility",
-    algorithm="is",
+    algorithm="is", height=512, width=512, rank=16, alpha=32, group_size=1, micro_batch=8,
+    epochs=100, grad_checkpoint=True, eval_every=10, eval_images=128, max_sequence_length=128,
+)  # fmt: skip
+BOTH_TINY = dict(
+    model=str(TINY), device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
+    reward=f"ocr@{TINY}", prompts="signs", group_size=8, ema=0.97, grad_checkpoint=False,
+    eval_images=512, eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color", dtype=None,
+)  # fmt: skip
+CRD_TINY = BOTH_TINY | dict(
+    groups=48, rollout_steps=6, beta=1, tau=math.inf, reward_weight=1, anchor=0.1, eval_every=8,
+    anchor_guidance=4, anchor_adaptive=True, train_timesteps=6, epochs=24, steps_per_epoch=12,
+    micro_batch=64, lr=3e-3, old_decay=[0, 0.25, 0.01, 0.9], sampler_decay=[0, 0, 0.001, 0.5],
+    eval_steps=10, eval_guidance=1, compile=False, eval_prompts=None,
+)  # fmt: skip
+DDPO_TINY = BOTH_TINY | dict(
+    images=192, steps=10, deterministic_steps=7, guidance=1, noise_level=0.7, micro_batch=96,
+    updates=4, clip=1e-3, stat_min=8, epochs=60, lr=6e-4, eval_every=10, algorithm="is",
 )  # fmt: skip
 
 
@@ -1505,23 +1544,19 @@ DDPO = dict(
     (crd, "--reward pickscore,ocr", OCR | dict(name="crd-pickscore-ocr-seed0")),
     (crd, "--reward vlm --seed 3", GENEVAL | dict(reward="vlm", name="crd-vlm-seed3")),
     (crd, "--preset geneval", GENEVAL | dict(reward="geneval", name="crd-geneval-seed0")),
-    (crd, "--preset tiny --lr 0.5", {**crd.PRESETS["tiny"], "lr": 0.5, "name": "crd-tiny-seed0"}),
-    (crd, "--preset tiny", dict(lr=3e-3, steps_per_epoch=12, old_decay=[0, 0.25, 0.01, 0.9],
-                                train_timesteps=6, anchor_guidance=4, group_size=8, epochs=24)),
-    (ddpo, "--preset tiny", dict(lr=6e-4, clip=1e-3, images=192, steps=10, deterministic_steps=7)),
+    (crd, "--preset tiny --lr 0.5", {**CRD_TINY, "lr": 0.5, "name": "crd-tiny-seed0"}),
+    (crd, "--preset tiny", CRD_TINY), (ddpo, "--preset tiny", DDPO_TINY),
     (ddpo, "", DDPO | dict(name="ddpo-sd1-is-seed0")),
     (ddpo, "--preset sd3", DDPO | dict(
         model="stabilityai/stable-diffusion-3.5-medium", steps=10, deterministic_steps=1,
         guidance=4.5, noise_level=0.7)),
     (ddpo, "--algorithm sf --seed 2", dict(updates=1, name="ddpo-sd1-sf-seed2")),
     (rwr, "", DDPO | dict(temperature=0.2, keep=0.1, sparse=False, name="rwr-sd1-seed0")),
-    (rwr, "--preset tiny --sparse", {**ddpo.PRESETS["tiny"], "name": "rwr-sparse-tiny-seed0"}),
+    (rwr, "--preset tiny --sparse", {**DDPO_TINY, "name": "rwr-sparse-tiny-seed0"}),
 ])  # fmt: skip
 def test_presets_are_the_papers_and_flags_override_them(script, flags, expected):
     """Those of the toy are the ones that RESULTS.md was run with."""
     args = asdict(script.parse(flags.split()))
-    if args["preset"] == "tiny":
-        assert args["eval_rewards"].split(",")[0] == f"ocr@{TINY}/judge"
     assert {key: args[key] for key in expected} == expected
 
 
@@ -1648,6 +1683,64 @@ def test_the_state_is_saved_after_every_epoch(run, monkeypatch, script):
 
 
 @in_both_scripts
+def test_a_run_killed_while_it_saves_goes_on_from_the_epoch_before(run, monkeypatch, script):
+    folder = run(script, "run", 1)
+
+    def killed(state, path):
+        Path(path).write_bytes(b"half of a file")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(script.parse(["--resume", str(folder), "--epochs", "2"]))
+    script.train(script.parse(["--resume", str(folder), "--epochs", "2"]))
+    assert [line["epoch"] for line in read_metrics(folder)] == [0, 1, 1, 2, 2]
+
+
+@in_both_scripts
+def test_a_run_of_another_model_or_script_is_not_resumed(run, script):
+    folder = run(script, "run", 1)
+    state = torch.load(folder / "state.pt")
+    state["adapters"] = {f"other.{name}": x for name, x in state["adapters"].items()}
+    torch.save(state, folder / "state.pt")
+    with pytest.raises(ValueError, match="has trained another model: .'other"):
+        script.train(script.parse(["--resume", str(folder), "--epochs", "2"]))
+    baseline = run(rwr, "baseline", 0)
+    with pytest.raises(ValueError, match=f"holds no run of {script.__name__}.py"):
+        script.parse(["--resume", str(baseline)])
+
+
+def test_more_training_timesteps_than_the_rollout_has_are_all_that_it_has(run):
+    few, many = (
+        read_metrics(run(crd, f"{count}", 1, train_timesteps=count, rollout_steps=2))
+        for count in (2, 9)
+    )
+    assert few == many
+
+
+def test_reward_weighted_regression_takes_ddpos_settings(run, monkeypatch):
+    """A LoRA to start from, held-out rewards, held-out prompts; what it lacks is refused."""
+    Path("all.txt").write_text("\n".join(f"word {i}" for i in range(8)))
+    Path("held-out.txt").write_text("\n".join(f"word {i}" for i in range(6)))
+    settings = dict(prompts="all.txt", eval_prompts="held-out.txt", eval_rewards="own.red")
+    score = Mock(wraps=lambda images, prompts: range(len(images)))
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards.Incompressibility, "score_batch", score)
+        lora = run(rwr, "first", 1, lr=0.1, **settings)
+    drawn = {prompt for call in score.call_args_list[1:-1] for prompt in call.args[1]}
+    assert drawn == {"word 6", "word 7"}
+    before, _, after = read_metrics(lora)
+    assert before["own.red"] != before["incompressibility"]
+    settings = dict(lora=str(lora / "epoch-0001"), reward="own.red", eval_prompts="held-out.txt")
+    again = run(rwr, "again", 0, **settings)
+    assert read_metrics(again)[0]["reward"] == pytest.approx(after["own.red"], rel=1e-6)
+    assert after["own.red"] != before["own.red"]
+    with pytest.raises(ValueError, match="no --wandb"):
+        run(rwr, "wandb", 1, wandb="project")
+
+
+@in_both_scripts
 def test_a_contact_sheet_shows_each_images_own_score(run, monkeypatch, script):
     score = Mock(wraps=lambda images, prompts: [0.25, 0.5][: len(images)])
     monkeypatch.setattr(rewards.Incompressibility, "score_batch", score)
@@ -1700,15 +1793,18 @@ def test_counts_that_processes_do_not_divide_are_refused(monkeypatch):
 
 
 @in_both_scripts
-def test_a_large_model_runs_on_a_cpu_if_asked(script):
+def test_a_large_model_runs_on_a_cpu_if_asked(monkeypatch, script):
+    """And one in a folder anyway."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     script.check(short(script, name="x", model="some/repo", device="cpu"))
+    script.check(short(script, name="x", model=str(TINY), device=None))
 
 
 @parametrize("script, settings, message", [
     (crd, dict(group_size=1), "--group-size has to be 2"), (crd, dict(groups=0), "--groups"),
     (crd, dict(old_decay=[0, 1]), "--old-decay"), (crd, dict(eval_steps=0), "--eval-steps has"),
     (crd, dict(sampler_decay=[0]), "--sampler-decay"), (crd, dict(micro_batch=0), "--micro-batch"),
-    (crd, dict(train_timesteps=0), "--train-timesteps"),
+    (crd, dict(train_timesteps=-1), "--train-timesteps"),
     (crd, dict(groups=3, steps_per_epoch=2), "--groups"), (ddpo, dict(images=0), "--images"),
     (ddpo, dict(deterministic_steps=-1), "no step"), (ddpo, dict(eval_every=0), "--eval-every"),
     (ddpo, dict(updates=3), "--images"), (ddpo, dict(algorithm="sf", updates=2), "sf: one update"),
