@@ -49,6 +49,7 @@ policy (ema_update).
 
 import contextlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -593,6 +594,8 @@ def check(args):
         raise ValueError("--groups has to be a multiple of --steps-per-epoch times processes")
     if len(args.old_decay) != 4 or len(args.sampler_decay) != 4:
         raise ValueError("--old-decay and --sampler-decay take four numbers")
+    if args.compile and "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        raise ValueError(f"--compile needs a newer PyTorch than {torch.__version__}")
     rewards.check_names(args.reward, args.eval_rewards)
     if args.resume:
         saved = json.loads(Path(args.resume, "args.json").read_text())

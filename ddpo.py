@@ -34,6 +34,7 @@ paper's baselines, reward-weighted regression, are in tiny-sd3/rwr.py.)
 
 import contextlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -653,6 +654,8 @@ def check(args):
         raise ValueError("--deterministic-steps leaves no step to train on")
     if args.stat_min > HISTORY:
         raise ValueError(f"--stat-min exceeds the {HISTORY} rewards that are kept of a prompt")
+    if args.compile and "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        raise ValueError(f"--compile needs a newer PyTorch than {torch.__version__}")
     rewards.check_names(args.reward, args.eval_rewards)
     if args.resume:
         saved = json.loads(Path(args.resume, "args.json").read_text())

@@ -450,6 +450,7 @@ def test_an_adapter_is_the_pretrained_layer_plus_its_update():
 
 def test_lora_is_on_the_joint_attention_and_only_the_policy_is_trained():
     """Eight projections a block, seven in the last, which has no to_add_out; none of attn2."""
+    assert ddpo.StableDiffusion3.target_modules == crd.TARGET_MODULES
     pipe, layers = tiny_with_lora("fp32")
     assert len(layers) == 3 * 8 + 7
     assert not any("attn2" in name for name in layers)
@@ -1104,7 +1105,12 @@ def test_in_bf16_timesteps_and_predictions_are_float32(sd1, monkeypatch, script)
         assert noise_pred.dtype == torch.float32
 
 
-def test_a_compiled_run_does_the_same(run, monkeypatch):
+HAS_RECOMPILE_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+
+
+@pytest.mark.skipif(not HAS_RECOMPILE_LIMIT, reason="--compile refuses an older PyTorch")
+@in_both_scripts
+def test_a_compiled_run_does_the_same(run, monkeypatch, script):
     """With torch's graphs and PyTorch's kernels (to compile kernels takes minutes on a CPU); beyond
     8 graphs, too, and where another thread recomputes, as on a GPU."""
     compile = torch.nn.Module.compile
@@ -1127,7 +1133,7 @@ def test_a_compiled_run_does_the_same(run, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward_in_a_thread)
     tensors = []
     for name in ("plain", "compiled"):
-        folder = run(crd, name, 1, grad_checkpoint=True, compile=name == "compiled")
+        folder = run(script, name, 1, grad_checkpoint=True, compile=name == "compiled")
         tensors.append(load_file(folder / "epoch-0001" / LORA))
     assert_close(*tensors, rtol=1e-4, atol=1e-6)
     assert len(graphs) > 8
@@ -1793,6 +1799,13 @@ def test_counts_that_processes_do_not_divide_are_refused(monkeypatch):
 
 
 @in_both_scripts
+def test_compile_says_that_pytorch_is_too_old(monkeypatch, script):
+    monkeypatch.setattr(torch, "compile", lambda model, backend: None)
+    with pytest.raises(ValueError, match="--compile needs a newer PyTorch"):
+        script.check(short(script, name="x", compile=True))
+
+
+@in_both_scripts
 def test_a_large_model_runs_on_a_cpu_if_asked(monkeypatch, script):
     """And one in a folder anyway."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -1873,6 +1886,14 @@ def some_prompts(source, split, seed=0, count=400):
 ])  # fmt: skip
 def test_an_edit_costs_a_letter_and_case_spaces_and_unicode_form_nothing(text, letters):
     assert rewards.edit_similarity("Mo on", text) == 1 - letters / 4
+
+
+@parametrize("target, text", [
+    ("Straße", "Straße"), ("Straße", "STRASSE"), ("cafe\u0301", "café"), ("café", "cafe\u0301"),
+    ("\uff2d\uff4f\uff4f\uff4e", "moon"), ("ﬁne", "FINE"),
+])  # fmt: skip
+def test_one_text_in_two_spellings_of_unicode_is_one(target, text):
+    assert rewards.edit_similarity(target, text) == 1
 
 
 @parametrize("prompt, text", [
@@ -1989,6 +2010,9 @@ def test_a_level_box_is_cut_out_pixel_by_pixel_and_a_high_one_turned():
     box = rewards.scale_box(rectangle(4, 2, 10, 11), size, size)
     upright = pixels[:, 2:11, 5:11].flip(2).transpose(1, 2)  # whose top is the right edge
     assert_close(rewards.cut_out(pixels, box), upright, rtol=0, atol=0.01)
+    for height, is_turned in ((14, False), (16, True)):  # from 1.5 times as high as wide
+        box = rewards.scale_box(rectangle(20, 4, 30, 4 + height), size, size)
+        assert rewards.box_size(box) == ((height, 10) if is_turned else (10, height))
     outside = rewards.scale_box(rectangle(70, 40, 80, 50), size, size)
     assert_close(rewards.cut_out(pixels, outside), pixels[:, -1:, -1:])
 
@@ -2011,6 +2035,27 @@ def test_the_text_networks_see_the_sizes_and_the_channels_of_pp_ocr():
     assert sizes == [(736, 736), (736, 1088), (800, 992)]
     vars(reward).update(limit=64, limit_type="resize_long")
     assert [reward.detector_size(size) for size in ((32, 32), (256, 128))] == [(64, 64), (64, 32)]
+
+
+def test_short_lines_are_padded_with_the_middle_of_the_scale():
+    """As the recognizer was trained."""
+    reward = rewards.load(f"ocr@{TINY}", "cpu")
+    line = reward.line_input(torch.full((3, 24, 20), 255.0))
+    assert (line[:, :, :40] == 1).all() and (line[:, :, 40:] == 0).all()
+    assert line.shape == (3, 48, reward.width)
+
+
+def test_settings_that_a_folder_lacks_are_pp_ocrs(tmp_path):
+    """The mean and deviation of ImageNet's colors, in the order of blue, green, red."""
+    for part in ("ocr-det", "ocr-rec"):
+        shutil.copytree(TINY / part, tmp_path / part)
+    (tmp_path / "ocr-det/preprocessor_config.json").write_text("{}")
+    path = tmp_path / "ocr-rec/preprocessor_config.json"
+    path.write_text(json.dumps({"character_list": json.loads(path.read_text())["character_list"]}))
+    reward = rewards.load(f"ocr@{tmp_path}", "cpu")
+    assert reward.mean == (0.406, 0.456, 0.485) and reward.std == (0.225, 0.224, 0.229)
+    assert (reward.limit, reward.limit_type) == (960, "max")
+    assert (reward.width, reward.max_width) == (320, 3200)
 
 
 LEFT_PART, RIGHT_PART = (turned((85, 20, 115, 35), degrees) for degrees in (-35, 35))
@@ -2330,6 +2375,12 @@ def test_a_reward_with_a_useless_range_or_name_is_refused(own, name, message):
         rewards.load(f"own_rewards.{name}", "cpu")
 
 
+def test_a_rewards_folder_is_in_its_name(monkeypatch):
+    monkeypatch.chdir(TINY)
+    assert rewards.load("ocr@.", "cpu").name == "ocr@tiny-sd3"
+    assert rewards.load("ocr@judge", "cpu").name == "ocr@judge"
+
+
 def test_rewards_that_log_one_detail_are_told_apart(own):
     reward = rewards.load("own_rewards.Detailed,own_rewards.Other", "cpu")
     with pytest.raises(ValueError, match="two rewards log {.*tensor.*}"):
@@ -2512,6 +2563,20 @@ def test_a_contact_sheet_has_each_image_in_its_place(tmp_path):
     for i in range(16):  # four in a row, from the left
         corner = (i % 4 * (256 + 8), i // 4 * (128 + 40))
         assert sheet.getpixel((corner[0] + 128, corner[1] + 64)) == (i * 15, 0, 0)
+
+
+def test_captions_have_two_digits_and_curves_the_points_of_their_split(tmp_path, monkeypatch):
+    write, line = Mock(), Mock()
+    monkeypatch.setattr(rewards.ImageDraw.ImageDraw, "multiline_text", write)
+    monkeypatch.setattr(rewards.ImageDraw.ImageDraw, "line", line)
+    rewards.contact_sheet(tmp_path / "sheet.png", [FLAT], [0.256], [("a cat", {})])
+    assert write.call_args.args[1] == "0.26  a cat"
+    splits = ("eval", "train", "train", "eval")
+    lines = [{"split": x, "images": i, "reward": i} for i, x in enumerate(splits)]
+    rewards.plot_panel("reward", lines)
+    train, evaluations = [call.args[0] for call in line.call_args_list[-2:]]
+    assert [round(x) for x, _ in train] == [300, 490]
+    assert [round(x) for x, _ in evaluations] == [110, 680]
 
 
 def test_a_picture_of_curves_has_three_panels_in_a_row(tmp_path):
@@ -2732,6 +2797,11 @@ def test_hpsv2_computes_openclips_cosine(small):
         y = model.ln_final(y[:, -1]) @ model.text_projection
     expected = torch.cosine_similarity(x, y)
     assert_close(scores_of(reward, [image], ["a cat"]), expected, **NEAR)
+    wide = noise_image(0, (96, 48))
+    square = Image.new("RGB", (32, 32))
+    square.paste(wide.resize((32, 16), Image.BICUBIC), (0, 8))
+    scores = [scores_of(reward, [x], ["a cat"]) for x in (wide, square)]
+    assert_close(*scores, **NEAR)
 
 
 def test_clip_sees_the_center_and_pickscore_is_over_the_temperature(small):
