@@ -3,7 +3,8 @@
 Fine-tune a flow-matching text-to-image model so that its images score higher under any reward.
 What a reader who knows PPO would not expect:
 
-1. No policy gradient: the log-ratio of policy and reference is regressed on the reward.
+1. No policy gradient: the log-ratio of the policy to an older self, `old`, is regressed on the
+   reward.
 2. No trajectories: a finished image is noised and its velocity predicted, at a few noise levels,
    so any ODE sampler will do.
 3. No classifier-free guidance in sampling: a penalty, the anchor, teaches the policy what the
@@ -11,37 +12,40 @@ What a reader who knows PPO would not expect:
 
 Why it works: max_p E_p[R] - beta KL(p || p_old) has the optimum p* = p_old exp(R / beta) / Z, so
 R = beta log(p* / p_old) + beta log Z for any image, whoever drew it. Z is intractable but depends
-on the prompt alone: subtract, on both sides, the mean over a group, K images of one prompt, and it
-is gone.
+on the prompt alone. It cancels if both sides are centered: if the mean over a group, K images of
+one prompt, is subtracted.
 
     x0, noise, sigma   an image's latents, Gaussian noise, noise level in [0, 1]
-    x, u               the noised image (1 - sigma) x0 + sigma noise; its velocity, noise - x0
-    v, v_old, v_ref    u as predicted by the policy, by the reference `old`, and by the
-                       pretrained model with guidance
-    rho                how much better than `old` the policy denoises: stands for log(p / p_old)
-    R, A               an image's reward; its advantage, at most `clip`, which is 5, to either side
-    s                  stands for R in the loss: A / (2 clip) + 1/2, in [0, 1]
-    n                  R scaled to [0, 1] by the reward's own range
-    kappa              weight of the anchor where n = 1; kappa_min where n = 0
-    mean               over the latents of an image; mean_i over images, mean_K over a group
+    x                  the noised image (1 - sigma) x0 + sigma noise
+    u                  its velocity, noise - x0
+    v, v_old           u as predicted by the policy, and by `old`
+    v_ref              u as predicted by the pretrained model with guidance: the anchor's target
+    rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
+    R                  an image's reward
+    A                  its advantage, (R - mean_K R) / std R, clipped to +-clip, which is 5
+    s                  A / (2 clip) + 1/2, in [0, 1]: what takes R's place in the loss
+    n                  R scaled to [0, 1] by the reward's own range: how good the image is
+    kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
+    mean               over an image's latents; mean_i over images, mean_K over a group
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
-          with m = mean |v - u| and m_old = mean |v_old - u| as constants, without gradient
+          with m = mean |v - u| and m_old = mean |v_old - u| as constants
     L   = clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2             crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-L is at one noise level, and averaged over a few. clip / beta is such that at rho = 0 the first term
-has the gradient of -mean_i A_i rho_i. One frozen model carries four LoRA adapters, of which three
-are moving averages of the first:
+The loss is the average of L over a few noise levels, those of the rollout. The factor clip / beta
+makes the first term's gradient at rho = 0, where v = v_old, that of -mean_i A_i rho_i.
+
+One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
-    sampler   draws the images; follows once per epoch, at first closely, so that images are recent
-    old       the reference; follows once per epoch, always behind, so that rho does not vanish
-    ema       evaluated and saved; follows after every optimizer step
+    sampler   draws the images; updated once per epoch, at first a copy, so that images are recent
+    old       compared with; updated once per epoch, always behind, so that rho does not vanish
+    ema       evaluated and saved; updated after every optimizer step
 
-Every epoch, `train` draws K images of each prompt with `sampler` (generate), scores them
-(reward_targets), takes optimizer steps on L (objective), and lets `old` and `sampler` follow the
-policy (ema_update).
+Every epoch, `run` draws K images of each prompt with `sampler` (generate), scores them
+(reward_targets), takes optimizer steps on the loss (objective), and moves `old` and `sampler`
+toward the policy (ema_update).
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -74,15 +78,15 @@ from transformers import HfArgumentParser
 
 import rewards
 
-if not hasattr(rewards, "parse_spec"):
-    raise ImportError(f"{rewards.__file__} hides the rewards.py that belongs to this script")
+if not hasattr(rewards, "parse_spec"):  # another module of that name comes first on the path
+    raise ImportError(f"{rewards.__file__} is not the rewards.py that belongs to this script")
 
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 DECAY = (
-    "START VALUE SLOPE END: its decay, once per epoch, is VALUE (0: a copy of the policy) until "
-    "optimizer step START, then rises by SLOPE a step up to END"
+    "START VALUE SLOPE END: an update at the end of an epoch has decay VALUE (0 copies the policy) "
+    "until optimizer step START; then the decay rises by SLOPE per optimizer step, up to END"
 )
 
 
@@ -94,11 +98,11 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A preset is a set of other defaults; flags override it."""
+    """Everything a run depends on. A preset changes defaults of some; flags override both."""
 
     # model
     preset: Literal["ocr", "geneval", "tiny"] | None = arg(
-        None, "other defaults; if not given, by --reward: ocr for ocr, geneval for any other"
+        None, "which defaults to change; if not given, ocr for --reward ocr, geneval for any other"
     )
     model: str = arg("stabilityai/stable-diffusion-3.5-medium", "folder or repo")
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
@@ -109,27 +113,29 @@ class Settings:
     alpha: float = arg(64, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("ocr", "name[@path-or-repo][:weight], or a sum of such, by commas")
+    reward: str = arg("ocr", "name[@path-or-repo][:weight]; a sum of several, joined by commas")
     prompts: str | None = arg(None, "a set such as geneval, or a file; default: the reward's own")
-    groups: int = arg(48, "prompts per epoch, in all processes")
+    groups: int = arg(48, "prompts per epoch, over all processes")
     group_size: int = arg(24, "images per prompt, K")
     rollout_steps: int = arg(10, "ODE steps of a rollout")
     # loss
-    beta: float = arg(1.0, "strength of the KL to `old`: scale of rho in the loss")
-    tau: float = arg(math.inf, "temperature of the weights in mean_K, see `crd_loss`; inf: equal")
+    beta: float = arg(1.0, "strength of the KL to `old`, by scaling rho in the loss")
+    tau: float = arg(
+        math.inf, "temperature of mean_K, if weighted, see `crd_loss`; inf: a plain mean"
+    )
     reward_weight: float = arg(1.0, "weight of the CRD loss; 0: the anchor alone")
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
-    anchor_adaptive: bool = arg(True, "its weight grows with the reward; else n = 1 for all images")
-    train_timesteps: int = arg(9, "noise levels per optimizer step, drawn from the rollout's")
+    anchor_adaptive: bool = arg(True, "the anchor grows with the reward; else n = 1 for all images")
+    train_timesteps: int = arg(9, "noise levels per optimizer step, of the rollout's; at most all")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
-    micro_batch: int = arg(24, "images at once, at most, a multiple of group_size")
+    micro_batch: int = arg(24, "most images at once, in sampling as in training: whole groups")
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
-    ema: float = arg(0.9, "decay of `ema`, once per optimizer step, after a warm-up")
+    ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
@@ -137,17 +143,18 @@ class Settings:
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
-    eval_images: int = arg(128, "held-out prompts, an image each, always from the same noise")
+    eval_images: int = arg(128, "held-out prompts; an image of each, always from the same noise")
     eval_steps: int = arg(40, "ODE steps of an evaluation")
     eval_guidance: float = arg(1.0, "guidance of evaluations; rollouts have none")
-    eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
+    eval_rewards: str | None = arg(None, "rewards to log that are not trained on, like --reward")
     eval_prompts: str | None = arg(None, "evaluate on all prompts of this file instead")
     resume: str | None = arg(None, "continue the run in this folder")
     wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
-    "ocr": dict(  # in the end `old` and `sampler` are nearly frozen: images become off-policy
+    # Paper, Table 3. In the end `old` and `sampler` are nearly frozen: images become off-policy.
+    "ocr": dict(
         reward="ocr", steps_per_epoch=2,
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
     ),
@@ -169,9 +176,9 @@ PRESETS = {
 def reward_targets(R, group_size, clip=5.0):
     """s = A / (2 clip) + 1/2, with A = (R - mean_K R) / (std R + 1e-4) clipped to +-clip.
 
-    R (N,), whole groups -> s (N,) in [0, 1]. The mean is a group's, as Z is a prompt's; the
-    standard deviation is that of all N, so that prompts whose images differ little count little.
-    The 1/2, from DiffusionNFT, cancels in crd_loss.
+    R (N,), whole groups -> s (N,) in [0, 1]. The mean is over the group, as Z depends on the
+    prompt; the standard deviation is over all N, so that a prompt whose rewards differ little
+    counts little. The 1/2, from DiffusionNFT, cancels in crd_loss.
     """
     groups = R.view(-1, group_size)
     centered = groups - groups.mean(1, keepdim=True)
@@ -188,12 +195,15 @@ def add_noise(x0, noise, sigma):
 def implicit_reward(v, v_old, u):
     """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
-    By the ELBO, the negative denoising error stands for a log-likelihood (paper, sec. 3). The
-    constants m = mean |v - u| even out the sigmas (DiffusionNFT, arXiv 2509.16117).
+    By the ELBO, the negative denoising error is a proxy for the log-likelihood (paper, sec. 3).
+    Dividing by m = mean |v - u|, a constant, makes errors comparable across noise levels
+    (DiffusionNFT, arXiv 2509.16117).
     """
 
     def weighted_error(prediction):
-        error = (prediction.float() - u.float()).flatten(1)  # in bf16, rounding would exceed rho
+        error = (prediction.float() - u.float()).flatten(
+            1
+        )  # in bf16, rounding errors would exceed rho
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
 
@@ -203,15 +213,15 @@ def implicit_reward(v, v_old, u):
 def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     """clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,).
 
-    By clip / beta, the gradient at rho = 0 is that of -mean_i A_i rho_i. If tau is finite, mean_K
-    has weights: softmax(s / tau), to compare with the best of the group, and softmax(-s / tau),
-    with the worst; the loss is the mean of both.
+    If tau is finite, mean_K has weights. With softmax(s / tau) images are compared with the best of
+    their group, with softmax(-s / tau) with the worst; the loss is the mean of both. Z cancels
+    with any weights that sum to 1.
     """
     rho = rho.view(-1, group_size)
     s = s.view(-1, group_size)
 
-    def loss(weights):  # a number, or (groups, K)
-        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)  # matters for finite tau
+    def loss(weights):  # (groups, K), or 1 / K for all
+        mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
         return clip / beta * residual.square().mean()
@@ -224,8 +234,8 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
 def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
-    The KL to the model of v_ref, up to a weight per sigma. The penalty is weak for images of low
-    reward n (B,) in [0, 1], which have much to learn, strong where the reward might be exploited.
+    The penalty is weak for images of low reward, n (B,) in [0, 1], which have much to learn, and
+    strong for those of high reward, where the reward may be exploited.
     """
     kappas = kappa_min + n * (kappa - kappa_min)
     error = (v.float() - v_ref.float()).flatten(1)
@@ -233,7 +243,8 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """{"loss": L at one sigma, for whole groups, and its terms}. v_ref: None without an anchor."""
+    """L for whole groups at one sigma, as "loss" in a dict of its terms. Without an anchor v_ref is
+    None."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -256,13 +267,14 @@ def sample_ode(velocity, noise, sigmas):
     """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
 
     velocity: a function of x (B, ...) and sigma (); noise (B, ...); sigmas (S + 1,), descending to
-    0. A step from sigma to t is x_t = D + t / sigma (x - D). In Euler's method D is the predicted
-    image x0. Here D is extrapolated from the last two x0 in log-SNR, except where that is infinite,
-    at sigma 1 and 0, and where a step is over twice as long as the last: D would overshoot.
+    0. A step from sigma to t is x_t = D + t / sigma (x - D). Euler's method has D = x0, the image
+    predicted from x. Here D is extrapolated from the last two such x0, in log-SNR. D is x0 itself
+    next to sigma 1 and 0, where log-SNR is infinite, and in a step more than twice as long as the
+    one before, where extrapolating would overshoot.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
-    gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # in log-SNR
+    gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # half of log-SNR's
     x = noise
     last_x0 = None
     last_gap = 0.0
@@ -285,8 +297,8 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies, as averaging A and B
-    comes near to averaging B A only for adapters that are near each other.
+    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: an average
+    of As and one of Bs give nearly the average of B A only if the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -304,15 +316,15 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # Flattened to 2-D, as a 3-D matmul can pick another kernel under autograd and round
-        # differently: then equal adapters would not predict the same.
+        # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd and round
+        # differently, so that equal adapters would not predict exactly the same.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
 
 
 def add_lora(model, target_modules, rank, alpha, adapters):
-    """Freeze the model, wrap the linear layers whose names end in a target: {name: LoRALinear}."""
+    """Freeze the model and wrap the linear layers whose names end in a target. -> {name: layer}"""
     model.requires_grad_(False)
     endings = tuple(f".{target}" for target in target_modules)
     layers = {}
@@ -326,7 +338,7 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 @contextlib.contextmanager
 def use_adapter(layers, name):
     """Compute with adapter `name`; None: as pretrained. Call backward() outside, where `policy` is
-    active again: checkpointed blocks are recomputed with the adapter that is active then."""
+    active again, as checkpointed blocks (below) are recomputed with the adapter active then."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -355,9 +367,9 @@ def adapter_tensors(layers, adapter):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
-    what the network is called in the pipeline."""
+    the network's name in the pipeline, transformer or unet."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # only files that peft saved have one
+    config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -367,7 +379,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # 1 where the scale is folded into B. Our layers multiply by their own: divide it out.
+        # In our files the scale is folded into B. Our layers multiply by theirs: divide it out.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.A:
@@ -377,12 +389,12 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    torch.utils.checkpoint runs the forward pass with gradients enabled, where kernels can differ
-    from those of sampling and round differently, or, reentrant, gives no gradient to a block whose
-    inputs need none. Limits: no dropout, and no autocast around the
-    forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
-    gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
-    or autograd would ignore a block with frozen inputs.
+    Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
+    can round differently than in sampling; its reentrant variant gives no gradient to a block whose
+    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
+
+    Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
+    Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
     """
 
     @staticmethod
@@ -412,11 +424,15 @@ def checkpoint(block, *inputs):
 
 
 # Stable Diffusion 3: what to rewrite for another flow model. The contract:
-#   encode     gives tensors with N in front; the other sizes are the same in every call
-#   velocity   is noise - x0, in float32. A model with a guidance embedding always gets the same one
+#   encode     gives a list of tensors, N in front. Their other sizes are the same in every call:
+#              pad to --max-sequence-length, and give a mask even if it is all ones
+#   velocity   is noise - x0, in float32, guided as the pipeline does it. A guidance embedding always
+#              has the pipeline's default; --anchor-guidance is classifier-free, on top of it
 #   schedule   gives the pipeline's own sigmas, from 1, noise, to 0; a shift may depend on `shape`
-#   shape      of an image's latents, as in the pipeline, packed or not: `decode` unpacks them
-# `MODEL=path python -m pytest -k "section and crd" test_crd.py` compares it all with diffusers'.
+#   shape      of an image's latents, as the pipeline takes `latents`. If they are packed, keep the
+#              height and width on `pipe`, for `velocity` and `decode`
+# Elsewhere the network is `pipe.transformer`. This compares the section with the pipeline:
+# MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
 
 TARGET_MODULES = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -427,7 +443,7 @@ MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 
 
 def expect(path, settings, **expected):
-    """ValueError for a model that has a setting which would be ignored here."""
+    """Raise ValueError if a model has a setting that would be ignored here."""
     for name, values in expected.items():
         value = settings.get(name, values[0])
         if value not in values:
@@ -456,8 +472,8 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
-            # installed. But diffusers demands it of a class with parts to keep in float32.
+            # low_cpu_mem_usage=True rounds buffers such as positions to bf16 where accelerate is
+            # installed. But diffusers demands it for a class with parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -465,7 +481,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # Where a file's first tensor is in bf16, diffusers converts none.
+                # diffusers looks at a file's first tensor only: convert what it left.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -494,15 +510,15 @@ def load_pipeline(args, device):
 
 
 def schedule(pipe, steps, shape, device):
-    """The sigmas of a sampler (steps + 1,), from 1 down to 0. SD3's do not depend on the shape."""
+    """The sigmas of a rollout (steps + 1,), from 1 to 0. (SD3's are the same for any shape.)"""
     pipe.scheduler.set_timesteps(steps)
     return pipe.scheduler.sigmas.to(device)
 
 
 @torch.no_grad()
 def encode(pipe, prompts, args):
-    """N prompts -> [embeddings (N, tokens, width), pooled (N, width)]. The encoders visit the
-    device."""
+    """N prompts -> [embeddings (N, tokens, width), pooled (N, width)]. The text encoders are on the
+    device only here."""
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
@@ -538,7 +554,9 @@ def velocity(pipe, x, sigma, cond, uncond=None, guidance=1.0):
 def decode(pipe, latents):
     """Latents (N, C, h, w) -> N PIL images, eight at once."""
     if not latents.isfinite().all():
-        raise FloatingPointError("latents are not finite: has the LoRA a NaN, or diverged?")
+        raise FloatingPointError(
+            "latents are not finite: does the LoRA hold a NaN, or has training diverged?"
+        )
     images = []
     config = pipe.vae.config
     for z in latents.split(8):
@@ -560,7 +578,7 @@ def batches(start, stop, size):
 
 @torch.no_grad()
 def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_batch):
-    """Noise (N, ...) and the conditions of N prompts -> latents x0 (N, ...), by an adapter."""
+    """Draw with an adapter: noise (N, ...), cond of N prompts -> latents x0 (N, ...)."""
     sigmas = schedule(pipe, steps, noise.shape[1:], noise.device)
     latents = []
     with use_adapter(layers, adapter):
@@ -572,7 +590,7 @@ def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_
 
 
 def check(args):
-    """ValueError for settings that would fail late, or compute something else without a word."""
+    """Raise ValueError for settings that would fail late, or silently compute something else."""
     K = args.group_size
     if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
         raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
@@ -586,12 +604,16 @@ def check(args):
             raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.epochs < 0:
         raise ValueError("--epochs has to be 0, to evaluate only, or more")
+    if args.name is None and not args.resume:
+        raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if args.height % MULTIPLE or args.width % MULTIPLE:
         raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
     if K < 2 or args.micro_batch < K or args.micro_batch % K:
         raise ValueError("--group-size has to be 2 or more, --micro-batch a multiple of it")
     if args.groups % (args.steps_per_epoch * PROCESSES):
         raise ValueError("--groups has to be a multiple of --steps-per-epoch times processes")
+    if args.beta <= 0 or args.tau <= 0 or 0 < args.anchor < 1e-4:
+        raise ValueError("--beta and --tau have to be above 0, --anchor 0 or at least 1e-4")
     if len(args.old_decay) != 4 or len(args.sampler_decay) != 4:
         raise ValueError("--old-decay and --sampler-decay take four numbers")
     if args.compile and "recompile_limit" not in inspect.signature(torch.compile).parameters:
@@ -643,20 +665,25 @@ def run(args, folder):
     if args.compile:
         for block in pipe.transformer.modules():
             if type(block).__name__ in BLOCKS:
-                block.compile(recompile_limit=64)  # beyond, it would run eagerly
+                block.compile(recompile_limit=64)  # beyond 8, the default, blocks run uncompiled
     if args.grad_checkpoint:
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
+    def adapters():
+        tensors = pipe.transformer.state_dict()
+        return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
+
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
+    unsent = []  # those that Weights & Biases has not heard of
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        report = pipe.transformer.load_state_dict(state["adapters"], strict=False)
-        if report.unexpected_keys:
-            raise ValueError(f"{folder} has trained another model: {report.unexpected_keys[:3]}")
+        if other := state["adapters"].keys() ^ adapters().keys():
+            raise ValueError(f"{folder} has trained another model: {sorted(other)[:3]}")
+        pipe.transformer.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
@@ -671,12 +698,14 @@ def run(args, folder):
     def log(split, R, values):
         values = {"reward": R.mean().item(), **values}
         metrics.append({"split": split, **progress, **values})
+        unsent.append(metrics[-1])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
-        """Draw held-out prompts with `ema`, always from the same noise; score, save, show them."""
+        """Draw images of held-out prompts with `ema`, always from the same noise, and score them.
+        Save the LoRA, the images and the curves."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
         steps, guidance = args.eval_steps, args.eval_guidance
         x0 = generate(
@@ -693,14 +722,20 @@ def run(args, folder):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    sent = len(metrics)  # to Weights & Biases
+    def publish():  # last, when the state is saved: a line that was sent cannot come again
+        while args.wandb and unsent:
+            line = unsent.pop(0)
+            wandb.log({f"{line['split']}/{name}": line[name] for name in line})
+
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
+    if args.epochs == 0:
+        publish()
     sigmas = schedule(pipe, args.rollout_steps, shape, device)
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        # Seeded by a string, that is by its SHA-512, nearby epochs share nothing.
+        # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
         seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -715,7 +750,7 @@ def run(args, folder):
         images = decode(pipe, x0)
         clock.append(time.perf_counter())
 
-        # 2. Score. All processes' rewards decide the standard deviation.
+        # 2. Score. The standard deviation is over the rewards of all processes.
         prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
         own_R, values = reward.score(images, prompts, metadata)
         n = rewards.normalize(own_R, reward.range).to(device)
@@ -725,8 +760,9 @@ def run(args, folder):
         if PROCESSES > 1:
             dist.all_gather_object(shards, (own_R, values))
         R = torch.cat([shard_R for shard_R, _ in shards])
-        # A process may lack a number, as of a task of GenEval's that it did not draw.
-        values = {name: fmean(v[name] for _, v in shards if name in v) for name in values}
+        # A process may lack a number, such as that of a GenEval task of which it drew no prompt.
+        names = dict.fromkeys(name for _, v in shards for name in v)
+        values = {name: fmean(v[name] for _, v in shards if name in v) for name in names}
         s = reward_targets(R, K)[PROCESS * N : (PROCESS + 1) * N].to(device)
         clock.append(time.perf_counter())
 
@@ -735,7 +771,9 @@ def run(args, folder):
         images_per_step = N // args.steps_per_epoch
         for start in bar(range(0, N, images_per_step), "train"):
             order = torch.randperm(args.rollout_steps, generator=generator, device=device)
-            drawn = order[: args.train_timesteps].tolist()  # of all but the last sigma, 0
+            drawn = order[
+                : args.train_timesteps
+            ].tolist()  # indices of sigmas; the last sigma, 0, is not drawn
             micro_batches = batches(start, start + images_per_step, args.micro_batch)
             for i, rows in itertools.product(drawn, micro_batches):
                 c = [part[rows] for part in cond]
@@ -748,13 +786,16 @@ def run(args, folder):
                     if args.anchor:
                         with use_adapter(layers, None):
                             v_ref = velocity(pipe, x, sigmas[i], c, uncond, args.anchor_guidance)
-                v = velocity(pipe, x, sigmas[i], c)
+                v = velocity(pipe, x, sigmas[i], c)  # `policy` is active
                 terms = objective(v, v_old, v_ref, noise - x0[rows], s[rows], n[rows], args)
                 share = len(noise) / images_per_step / len(drawn)
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / args.steps_per_epoch * term.detach()
             if PROCESSES > 1:
+                for p in parameters:
+                    if p.grad is None:  # of a layer whose output is not used
+                        p.grad = torch.zeros_like(p)
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
@@ -776,8 +817,11 @@ def run(args, folder):
         progress["epoch"] += 1
         progress["images"] += len(R)
         progress["seconds"] += clock[-1] - clock[0]
-        values |= {name: total.item() for name, total in totals.items()}
-        values["rho_std"] = values.pop("rho_variance") ** 0.5  # within a group, over the epoch
+        means = torch.stack(list(totals.values()))
+        if PROCESSES > 1:
+            dist.all_reduce(means)
+        values |= zip(totals, (means / PROCESSES).tolist())
+        values["rho_std"] = values.pop("rho_variance") ** 0.5  # within groups
         for i, phase in enumerate(("rollout", "reward", "train")):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
@@ -787,27 +831,22 @@ def run(args, folder):
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
-        tensors = pipe.transformer.state_dict()
-        adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
-        state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
+        state = {"adapters": adapters(), "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics}
-        torch.save(state, folder / "state.aside")
-        (folder / "state.aside").replace(state_file)
-        if args.wandb:
-            for line in metrics[sent:]:
-                wandb.log({f"{line['split']}/{name}": line[name] for name in line})
-            sent = len(metrics)
+        torch.save(state, folder / "state.new")
+        (folder / "state.new").replace(state_file)
+        publish()
     if PROCESSES > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def train(args):
-    """Check the settings, and `run` in a folder that no other run can take. Returns the folder."""
+    """Check the settings, make the folder, `run`. Returns the folder."""
     check(args)
     folder = Path(args.resume or f"runs/{args.name}")
     if PROCESS == 0 and not args.resume:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True)  # fails if another run has just made it
     try:
         run(args, folder)
     except BaseException:
@@ -820,7 +859,7 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # to know the preset; parsed again with its defaults
+    flags = parser.parse_args(argv)  # for the preset, whose defaults the second parse has
     names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
     preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
     name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"

@@ -5,28 +5,31 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is the mean of a prompt's own last rewards.
-4. Log-probabilities are averaged over an image's latents, so that ratios differ from 1 by about
-   1e-4 only, and the clip is as small. At that scale a rounding difference between sampling and
-   training counts as a change of the policy: `first_ratio_error` logs it, and has to be exactly 0.
+3. There is no critic. The baseline is the mean of a prompt's most recent rewards.
+4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
+   only about 1e-4, and the clip is that small, too. At that scale a rounding difference between
+   sampling and training would count as a change of the policy: before the first update of an
+   epoch all ratios have to be exactly 1. `first_ratio_error` in the log says how far they are off.
 
-    c, i, x            state: the prompt, the step's index from 0, the noisy latents
+    cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
     p, p_old           the policy; the policy at the start of the epoch, which drew the images
 
-    ascend  E_p   [ mean_i A grad log p(x_next | x, i, c) ]       `sf`, score_function_loss
-    or      E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
+    gradient  E_p   [ mean_i A grad log p(x_next | x, i, cond) ]    `sf`, score_function_loss
+    or        E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
 
-At p = p_old both are the same. `sf` stops there: one update, then new images. `is` splits an
-epoch's images over several updates. From the second on, the policy is no longer the one that drew
-them: the ratio corrects for that, and PPO's clip stops images whose ratio is already above
-1 + clip with A > 0, or below 1 - clip with A < 0.
+mean_i is over the random steps of an image: the last steps can be deterministic, and are not
+trained on. At p = p_old both gradients are the same. With `--algorithm sf` there is one update,
+then new images. `--algorithm is` splits an epoch's images over several updates. From the second on,
+the policy is no longer the one that drew them: the ratio corrects for that, and PPO's clip takes
+out steps whose ratio is already above 1 + clip with A > 0, or below 1 - clip with A < 0.
 
-Every epoch, `train` draws images and keeps their states and log p_old (rollout), scores them
-(prompt_advantages), and updates the policy on every stochastic step of every image (policy_terms).
-What is evaluated and saved is `ema`, an EMA of the policy, by the same sampler without noise. (The
-paper's baselines, reward-weighted regression, are in tiny-sd3/rwr.py.)
+Every epoch, `run` draws images and keeps their states and log p_old (rollout), scores them
+(prompt_advantages), and updates the policy on every random step of every image (policy_terms).
+Evaluated, and saved as a LoRA, is `ema`, a moving average of the policy, by the same sampler
+without noise. (The baselines of the paper, two kinds of reward-weighted regression, are in
+tiny-sd3/rwr.py.)
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -59,8 +62,8 @@ from transformers import HfArgumentParser
 
 import rewards
 
-if not hasattr(rewards, "parse_spec"):
-    raise ImportError(f"{rewards.__file__} hides the rewards.py that belongs to this script")
+if not hasattr(rewards, "parse_spec"):  # another module of that name comes first on the path
+    raise ImportError(f"{rewards.__file__} is not the rewards.py that belongs to this script")
 
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -73,10 +76,10 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A preset is a set of other defaults; flags override it."""
+    """Everything a run depends on. A preset changes defaults of some; flags override both."""
 
     # model
-    preset: Literal["sd1", "sd3", "tiny"] = arg("sd1", "a set of other defaults")
+    preset: Literal["sd1", "sd3", "tiny"] = arg("sd1", "which defaults to change")
     model: str = arg("CompVis/stable-diffusion-v1-4", "folder or repo")
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
     height: int = arg(512, "in pixels")
@@ -86,25 +89,29 @@ class Settings:
     alpha: float = arg(32, "the LoRA scale is alpha / rank")
     lora: str | None = arg(None, "folder of a LoRA to start from")
     # rollout
-    reward: str = arg("compressibility", "name[@path-or-repo][:weight], or a sum of such")
+    reward: str = arg(
+        "compressibility", "name[@path-or-repo][:weight]; a sum of several, joined by commas"
+    )
     prompts: str | None = arg(None, "a set such as animals, or a file; default: the reward's own")
-    images: int = arg(256, "images per epoch, in all processes")
+    images: int = arg(256, "images per epoch, over all processes")
     group_size: int = arg(1, "images per prompt in an epoch")
     steps: int = arg(50, "denoising steps")
-    deterministic_steps: int = arg(0, "how many of the last steps have no noise, and no training")
+    deterministic_steps: int = arg(
+        0, "how many of the last steps have no noise, and are not trained on"
+    )
     guidance: float = arg(5.0, "classifier-free guidance, in training as in sampling")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
     micro_batch: int = arg(8, "images at once, in sampling as in training")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
-    updates: int = arg(4, "optimizer steps per epoch; with sf always 1")
+    updates: int = arg(4, "optimizer steps per epoch; 1 with sf")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate")
-    ema: float = arg(0.9, "decay of `ema`, once per optimizer step, after a warm-up")
+    ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
     # run
@@ -112,8 +119,8 @@ class Settings:
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
-    eval_images: int = arg(128, "held-out prompts, an image each, always from the same noise")
-    eval_rewards: str | None = arg(None, "held-out rewards, like --reward")
+    eval_images: int = arg(128, "held-out prompts; an image of each, always from the same noise")
+    eval_rewards: str | None = arg(None, "rewards to log that are not trained on, like --reward")
     eval_prompts: str | None = arg(None, "evaluate on all prompts of this file instead")
     resume: str | None = arg(None, "continue the run in this folder")
     wandb: str | None = arg(None, "also log to this Weights & Biases project")
@@ -121,13 +128,13 @@ class Settings:
 
 PRESETS = {
     "sd1": dict(),
-    # As Flow-GRPO: the last step is not trained on, as its noise would stay in the image.
+    # As in Flow-GRPO, the last step has no noise, which would stay in the image.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The clip is wider, as an image has 2,048 latents here and 16,384 in the paper (see
-    # gaussian_step). Three steps with noise are enough to explore, and quick to train on.
+    # The clip is wider, as log-probabilities are averages over 2,048 latents, not over the paper's
+    # 16,384. Three random steps are enough to explore, and quick to train on.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -147,8 +154,8 @@ def gaussian_step(mean, std, x_next=None, generator=None):
     """Draw x_next from N(mean, std^2), in sampling, or score the given one, in training.
 
     -> x_next (B, ...) and its log_prob (B,), averaged, not summed, over an image's D latents, as in
-    the authors' code: a ratio exp(log_prob - old_log_prob) is the densities' to the power of 1 / D.
-    The clip of 1e-4 is for D = 16,384.
+    the authors' code: a ratio exp(log_prob - old_log_prob) is the ratio of the densities to the
+    power of 1 / D. The paper's clip, 1e-4, is for D = 16,384.
     """
     if x_next is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -162,8 +169,8 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
 
     noise_pred, x, x_next (B, ...); t, t_next () or (B,) long, timesteps of alphas_cumprod (1000,).
     std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers' DDIMScheduler
-    with prediction_type="epsilon", clip_sample=False, steps_offset=1, set_alpha_to_one=False: where
-    t_next < 0, alpha is alphas_cumprod[0]; if it were 1, the last step would have no Gaussian.
+    with prediction_type="epsilon", clip_sample=False, steps_offset=1, set_alpha_to_one=False. In
+    the last step, t_next < 0, alpha_next is alphas_cumprod[0]: if it were 1, std would be 0.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     # view(-1): indexing with a tensor without dimensions makes a GPU wait.
@@ -179,8 +186,8 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     """A step of the SDE with the marginals of the flow's ODE (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
     v, x, x_next (B, ...); sigma, sigma_next () or (B,); sigma_max () -> x_next and its log_prob.
-    The diffusion noise_level sqrt(sigma / (1 - sigma)) is infinite at sigma = 1: there its
-    denominator has sigma_max instead, the schedule's largest sigma below 1.
+    The diffusion noise_level sqrt(sigma / (1 - sigma)) would be infinite at sigma = 1. There
+    1 - sigma is replaced by 1 - sigma_max, where sigma_max is the schedule's largest sigma below 1.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
@@ -211,12 +218,12 @@ def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0)
 
 
 def score_function_loss(log_prob, advantages):
-    """-mean A log p, valid where p drew the images (paper, sec. 4.3, DDPO_SF). All (B,)."""
+    """-mean A log p, valid where p drew the images (paper, sec. 4.3, DDPO_SF). (B,), (B,) -> ()."""
     return -(advantages * log_prob).mean()
 
 
 def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
-    """mean max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)), ratio = p / p_old. All (B,).
+    """mean max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)), ratio = p / p_old. (B,)s -> ().
 
     (Paper, sec. 4.3, DDPO_IS, clipped as in PPO, arXiv 1707.06347, eq. 7.)
     """
@@ -225,8 +232,8 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-# Below, `model` is a StableDiffusion or StableDiffusion3, `cond` a list of tensors (B, ...), and
-# `uncond` the same of one empty prompt.
+# Below, `model` is a StableDiffusion or a StableDiffusion3 (further down), `cond` a list of tensors
+# (B, ...), and `uncond` such a list for one empty prompt.
 
 
 def guided(model, x, i, cond, uncond, guidance):
@@ -256,8 +263,10 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
     terms = {"loss": loss}
     if args.algorithm == "is":
-        terms["approx_kl"] = change.square().mean() / 2  # of the averages over latents
-        terms["clip_fraction"] = (ratio_error > args.clip).float().mean()  # outside, on any side
+        terms["approx_kl"] = change.square().mean() / 2  # of averages over latents: not in nats
+        terms["clip_fraction"] = (
+            (ratio_error > args.clip).float().mean()
+        )  # on either side, whatever A is
     terms["ratio_error"] = ratio_error.mean()
     return terms
 
@@ -276,7 +285,7 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
 
     Returns x0 (N, ...); of the first `random_steps`, which have noise, the states from x_T on
     (N, random_steps + 1, ...) and log_probs (N, random_steps). The other steps are part of the
-    environment, like the decoder: their std is 0, and their log-probability NaN.
+    environment, like the decoder: their std is 0, and their log-probability, NaN, is dropped.
     """
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
@@ -304,8 +313,8 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The others start as its copies, as averaging A and B
-    comes near to averaging B A only for adapters that are near each other.
+    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: an average
+    of As and one of Bs give nearly the average of B A only if the adapters are near each other.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -323,15 +332,15 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.A[self.active].to(x.dtype)
         B = self.B[self.active].to(x.dtype)
-        # Flattened to 2-D, as a 3-D matmul can pick another kernel under autograd and round
-        # differently: then equal adapters would not predict the same.
+        # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd and round
+        # differently, so that equal adapters would not predict exactly the same.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
 
 
 def add_lora(model, target_modules, rank, alpha, adapters):
-    """Freeze the model, wrap the linear layers whose names end in a target: {name: LoRALinear}."""
+    """Freeze the model and wrap the linear layers whose names end in a target. -> {name: layer}"""
     model.requires_grad_(False)
     endings = tuple(f".{target}" for target in target_modules)
     layers = {}
@@ -345,7 +354,7 @@ def add_lora(model, target_modules, rank, alpha, adapters):
 @contextlib.contextmanager
 def use_adapter(layers, name):
     """Compute with adapter `name`; None: as pretrained. Call backward() outside, where `policy` is
-    active again: checkpointed blocks are recomputed with the adapter that is active then."""
+    active again, as checkpointed blocks (below) are recomputed with the adapter active then."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -374,9 +383,9 @@ def adapter_tensors(layers, adapter):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
-    what the network is called in the pipeline."""
+    the network's name in the pipeline, transformer or unet."""
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
-    config = config or {}  # only files that peft saved have one
+    config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
     if tensors.keys() != names or is_variant:
@@ -386,7 +395,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # 1 where the scale is folded into B. Our layers multiply by their own: divide it out.
+        # In our files the scale is folded into B. Our layers multiply by theirs: divide it out.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.A:
@@ -396,12 +405,12 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    torch.utils.checkpoint runs the forward pass with gradients enabled, where kernels can differ
-    from those of sampling and round differently, or, reentrant, gives no gradient to a block whose
-    inputs need none. Limits: no dropout, and no autocast around the
-    forward pass alone, or the second run differs; and `backward()`, not `torch.autograd.grad`, as
-    gradients of a block's weights go to their `.grad`. trigger: a tensor that requires a gradient,
-    or autograd would ignore a block with frozen inputs.
+    Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
+    can round differently than in sampling; its reentrant variant gives no gradient to a block whose
+    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
+
+    Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
+    Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
     """
 
     @staticmethod
@@ -430,15 +439,16 @@ def checkpoint(block, *inputs):
     return Checkpoint.apply(block, torch.ones((), requires_grad=True), *inputs)
 
 
-# The models: for another one, write another such class, for MODELS. In all of them `i` counts the
-# sampler's steps from 0, and `shape` is that of an image's latents, as in diffusers' pipeline.
-# `MODEL=path python -m pytest -k "section and ddpo" test_crd.py` compares it with diffusers' own.
+# The models. For another one, write another such class and add it to MODELS. In all of them `i`
+# counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
+# diffusers takes them. This compares a class with that pipeline:
+# MODEL=path python -m pytest -q -k "section and ddpo-" test_crd.py
 
 MULTIPLE = 16  # of an image's sides
 
 
 def expect(path, settings, **expected):
-    """ValueError for a model that has a setting which would be ignored here."""
+    """Raise ValueError if a model has a setting that would be ignored here."""
     for name, values in expected.items():
         value = settings.get(name, values[0])
         if value not in values:
@@ -467,8 +477,8 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # With low_cpu_mem_usage=True, buffers such as positions are in bf16 where accelerate is
-            # installed. But diffusers demands it of a class with parts to keep in float32.
+            # low_cpu_mem_usage=True rounds buffers such as positions to bf16 where accelerate is
+            # installed. But diffusers demands it for a class with parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -476,7 +486,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # Where a file's first tensor is in bf16, diffusers converts none.
+                # diffusers looks at a file's first tensor only: convert what it left.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -600,7 +610,7 @@ def load_pipeline(args, device):
 
 @torch.no_grad()
 def encode(pipe, model, prompts):
-    """N prompts -> tensors (N, ...), for `predict`. The text encoders visit the device."""
+    """N prompts -> tensors (N, ...), for `predict`. Text encoders are on the device only here."""
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
     # Kept on the CPU, so that nothing has to be copied back.
@@ -617,7 +627,9 @@ def encode(pipe, model, prompts):
 def decode(pipe, latents):
     """Latents (N, C, h, w) -> N PIL images, eight at once."""
     if not latents.isfinite().all():
-        raise FloatingPointError("latents are not finite: has the LoRA a NaN, or diverged?")
+        raise FloatingPointError(
+            "latents are not finite: does the LoRA hold a NaN, or has training diverged?"
+        )
     images = []
     config = pipe.vae.config
     for z in latents.split(8):
@@ -630,7 +642,7 @@ def decode(pipe, latents):
 
 
 def check(args):
-    """ValueError for settings that would fail late, or compute something else without a word."""
+    """Raise ValueError for settings that would fail late, or silently compute something else."""
     K = args.group_size
     if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
         raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
@@ -644,10 +656,12 @@ def check(args):
             raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.epochs < 0:
         raise ValueError("--epochs has to be 0, to evaluate only, or more")
+    if args.name is None and not args.resume:
+        raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if args.height % MULTIPLE or args.width % MULTIPLE:
         raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
     if args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
-        raise ValueError("--images: no multiple of --updates and --group-size, times processes")
+        raise ValueError("--images: no multiple of --updates, or --group-size, times processes")
     if args.algorithm == "sf" and args.updates != 1:
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
@@ -707,21 +721,26 @@ def run(args, folder):
     if args.compile:
         for block in model.network.modules():
             if type(block).__name__ in model.blocks:
-                block.compile(recompile_limit=64)  # beyond, it would run eagerly
+                block.compile(recompile_limit=64)  # beyond 8, the default, blocks run uncompiled
     if args.grad_checkpoint:
         model.network.enable_gradient_checkpointing(checkpoint)
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
+    def adapters():
+        tensors = model.network.state_dict()
+        return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
+
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
+    unsent = []  # those that Weights & Biases has not heard of
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        report = model.network.load_state_dict(state["adapters"], strict=False)
-        if report.unexpected_keys:
-            raise ValueError(f"{folder} has trained another model: {report.unexpected_keys[:3]}")
+        if other := state["adapters"].keys() ^ adapters().keys():
+            raise ValueError(f"{folder} has trained another model: {sorted(other)[:3]}")
+        model.network.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
@@ -737,13 +756,14 @@ def run(args, folder):
     def log(split, R, values):
         values = {"reward": R.mean().item(), **values}
         metrics.append({"split": split, **progress, **values})
+        unsent.append(metrics[-1])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
     def evaluate():
-        """Draw held-out prompts with `ema`, from the same x_T each time and without other noise;
-        score, save, show them."""
+        """Draw images of held-out prompts with `ema`, from the same x_T each time and without other
+        noise, and score them. Save the LoRA, the images and the curves."""
         noise = torch.randn(
             len(held_out), *model.shape, generator=torch.Generator().manual_seed(1234)
         )
@@ -763,18 +783,24 @@ def run(args, folder):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    sent = len(metrics)  # to Weights & Biases
+    def publish():  # last, when the state is saved: a line that was sent cannot come again
+        while args.wandb and unsent:
+            line = unsent.pop(0)
+            wandb.log({f"{line['split']}/{name}": line[name] for name in line})
+
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
+    if args.epochs == 0:
+        publish()
     per_update = N // args.updates
     starts = range(0, N, per_update)
-    # For each update a list of micro-batches, in which its images are also drawn (see `guided`):
-    # that is why images are not shuffled.
+    # For each update its micro-batches. Images are drawn in the same ones (see `guided`), and so
+    # not shuffled in between.
     updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
         clock = [time.perf_counter()]
-        # Seeded by a string, that is by its SHA-512, nearby epochs share nothing.
+        # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
         seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -796,14 +822,15 @@ def run(args, folder):
         if PROCESSES > 1:
             dist.all_gather_object(shards, (own_R, values, prompts))
         R = torch.cat([shard_R for shard_R, _, _ in shards])
-        # A process may lack a number, as of a task of GenEval's that it did not draw.
-        values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in values}
+        # A process may lack a number, such as that of a GenEval task of which it drew no prompt.
+        names = dict.fromkeys(name for _, v, _ in shards for name in v)
+        values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in names}
         all_prompts = [prompt for _, _, drawn in shards for prompt in drawn]
         A = prompt_advantages(history, all_prompts, R, args.stat_min)
         A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
         clock.append(time.perf_counter())
 
-        # 3. Improve: each update on its share of the images, at every step with noise.
+        # 3. Improve: each update on its share of the images, at all of their random steps.
         totals = defaultdict(float)
         for update, micro_batches in enumerate(bar(updates, "train")):
             for rows, i in itertools.product(micro_batches, range(random_steps)):
@@ -816,9 +843,12 @@ def run(args, folder):
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / len(updates) * term.detach()
-            if update == 0:  # totals are means over all updates: undo that
-                values["first_ratio_error"] = totals["ratio_error"].item() * len(updates)
+            if update == 0:  # totals are divided by the number of updates
+                totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
             if PROCESSES > 1:
+                for p in parameters:
+                    if p.grad is None:  # of a layer whose output is not used
+                        p.grad = torch.zeros_like(p)
                 gradients = [p.grad for p in parameters]
                 flat = nn.utils.parameters_to_vector(gradients)
                 dist.all_reduce(flat)
@@ -836,7 +866,10 @@ def run(args, folder):
         progress["epoch"] += 1
         progress["images"] += len(R)
         progress["seconds"] += clock[-1] - clock[0]
-        values |= {name: total.item() for name, total in totals.items()}
+        means = torch.stack(list(totals.values()))
+        if PROCESSES > 1:
+            dist.all_reduce(means)
+        values |= zip(totals, (means / PROCESSES).tolist())
         for i, phase in enumerate(("rollout", "reward", "train")):
             values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
@@ -846,27 +879,22 @@ def run(args, folder):
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
-        tensors = model.network.state_dict()
-        adapters = {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
-        state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
+        state = {"adapters": adapters(), "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics, "history": history}
-        torch.save(state, folder / "state.aside")
-        (folder / "state.aside").replace(state_file)
-        if args.wandb:
-            for line in metrics[sent:]:
-                wandb.log({f"{line['split']}/{name}": line[name] for name in line})
-            sent = len(metrics)
+        torch.save(state, folder / "state.new")
+        (folder / "state.new").replace(state_file)
+        publish()
     if PROCESSES > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def train(args):
-    """Check the settings, and `run` in a folder that no other run can take. Returns the folder."""
+    """Check the settings, make the folder, `run`. Returns the folder."""
     check(args)
     folder = Path(args.resume or f"runs/{args.name}")
     if PROCESS == 0 and not args.resume:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True)  # fails if another run has just made it
     try:
         run(args, folder)
     except BaseException:
@@ -879,7 +907,7 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # to know the preset; parsed again with its defaults
+    flags = parser.parse_args(argv)  # for the preset, whose defaults the second parse has
     name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
     updates = 1 if flags.algorithm == "sf" else 4
     parser.set_defaults(**{"name": name, "updates": updates, **PRESETS[flags.preset]})

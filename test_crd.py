@@ -432,7 +432,11 @@ def predict(pipe, layers, adapter):
 
 
 def gradients(parameters):
-    return torch.cat([p.grad.flatten() for p in parameters if p.requires_grad])
+    trained = [p for p in parameters if p.requires_grad]
+    none = [p for p in trained if p.grad is None]  # of layers whose output is not used
+    for p in none:
+        p.grad = torch.zeros_like(p)
+    return torch.cat([p.grad.flatten() for p in trained])
 
 
 def test_an_adapter_is_the_pretrained_layer_plus_its_update():
@@ -613,6 +617,7 @@ from test_crd import {name} as script
 
 seen = []
 own = []
+losses = []
 loss, score = script.{loss}, rewards.Incompressibility.score_all
 clip, all_reduce = torch.nn.utils.clip_grad_norm_, torch.distributed.all_reduce
 
@@ -622,17 +627,19 @@ def spy_all_reduce(flat):
 
 def spy_loss(*args, **options):
     seen.append(args[{A}])
-    return loss(*args, **options)
+    losses.append(loss(*args, **options))
+    return losses[-1]
 
 def spy_score(self, *args):
     R, details = score(self, *args)
     seen[:] = [torch.tensor(R)]
-    return R, {{"detail": 3.0}} if script.PROCESS == 0 else details
+    return R, {{"detail" if script.PROCESS == 0 else "other": 3.0}}
 
 def spy_clip(parameters, *args, **options):
     gradients = torch.cat([p.grad.flatten() for p in parameters])
     weights = torch.cat([p.detach().flatten() for p in parameters])
-    torch.save((gradients, seen, own, weights, started), f"seen-{{script.PROCESS}}.pt")
+    seen_by_one = gradients, seen, own, weights, started, sum(losses) / len(losses)
+    torch.save(seen_by_one, f"seen-{{script.PROCESS}}.pt")
     return clip(parameters, *args, **options)
 
 started = []
@@ -683,7 +690,9 @@ def test_two_processes_stay_identical_and_finish(run, script):
     assert lines[-1]["images"] == 2 * 8
     assert lines[-2]["reward"] == pytest.approx(R.mean().item())
     assert lines[-2]["incompressibility"] == pytest.approx(R.mean().item())
-    assert lines[-2]["detail"] == 3  # which the other process lacks
+    assert lines[-2]["detail"] == lines[-2]["other"] == 3  # which the other process lacks
+    expected = (first[5] + second[5]).item() / 2
+    assert lines[-2]["crd_loss" if script is crd else "loss"] == pytest.approx(expected)
     if script is ddpo:
         history = torch.load("runs/two/state.pt")["history"]
         assert [len(x) for x in history.values()] == [2] * 8  # of four prompts an epoch
@@ -704,29 +713,29 @@ GOLDEN = {
 """,
     "ddpo is": """
     eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-    train 1 reward 1.065 own.red 0.3229 own.left 0.4188 first_ratio_error 0 loss 0.006436
-        approx_kl 0.0009204 clip_fraction 0.25 ratio_error 0.02084 grad_norm 0.4835
+    train 1 reward 1.065 own.red 0.3229 own.left 0.4188 loss 0.006436 approx_kl 0.0009204
+        clip_fraction 0.25 ratio_error 0.02084 first_ratio_error 0 grad_norm 0.4835
     eval 1 reward 1.247 own.red 0.4155 own.left 0.4156
-    train 2 reward 1.276 own.red 0.4108 own.left 0.4548 first_ratio_error 0 loss 0.002229
-        approx_kl 0.0001769 clip_fraction 0.1667 ratio_error 0.009682 grad_norm 0.423
+    train 2 reward 1.276 own.red 0.4108 own.left 0.4548 loss 0.002229 approx_kl 0.0001769
+        clip_fraction 0.1667 ratio_error 0.009682 first_ratio_error 0 grad_norm 0.423
     eval 2 reward 1.255 own.red 0.4173 own.left 0.4208
 """,
     "ddpo sf": """
     eval 0 reward 1.237 own.red 0.4121 own.left 0.4129
-    train 1 reward 1.065 own.red 0.3232 own.left 0.4189 first_ratio_error 0 loss -0.0008543
-        ratio_error 0 grad_norm 0.2539
+    train 1 reward 1.065 own.red 0.3232 own.left 0.4189 loss -0.0008543 ratio_error 0
+        first_ratio_error 0 grad_norm 0.2539
     eval 1 reward 1.232 own.red 0.4106 own.left 0.4104
-    train 2 reward 1.273 own.red 0.4105 own.left 0.4517 first_ratio_error 0 loss -0.002769
-        ratio_error 0 grad_norm 0.2443
+    train 2 reward 1.273 own.red 0.4105 own.left 0.4517 loss -0.002769 ratio_error 0
+        first_ratio_error 0 grad_norm 0.2443
     eval 2 reward 1.231 own.red 0.4109 own.left 0.4097
 """,
     "ddpo is, DDIM": """
     eval 0 reward 1.397 own.red 0.4631 own.left 0.4705
-    train 1 reward 1.391 own.red 0.4621 own.left 0.4671 first_ratio_error 0 loss 0.02698
-        approx_kl 0.01073 clip_fraction 0.3333 ratio_error 0.06797 grad_norm 3.513
+    train 1 reward 1.391 own.red 0.4621 own.left 0.4671 loss 0.02698 approx_kl 0.01073
+        clip_fraction 0.3333 ratio_error 0.06797 first_ratio_error 0 grad_norm 3.513
     eval 1 reward 1.397 own.red 0.4631 own.left 0.4705
-    train 2 reward 1.394 own.red 0.4628 own.left 0.4686 first_ratio_error 0 loss 0.007135
-        approx_kl 0.0008053 clip_fraction 0.3056 ratio_error 0.01992 grad_norm 2.868
+    train 2 reward 1.394 own.red 0.4628 own.left 0.4686 loss 0.007135 approx_kl 0.0008053
+        clip_fraction 0.3056 ratio_error 0.01992 first_ratio_error 0 grad_norm 2.868
     eval 2 reward 1.397 own.red 0.4631 own.left 0.4705
 """,
     "rwr, DDIM": """
@@ -1081,8 +1090,9 @@ def test_weights_and_biases_hears_of_an_epoch_after_its_state_is_saved(run, monk
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, log=log))
     folder = run(script, "run", 1, eval_every=1, wandb="project")
     script.train(script.parse(["--resume", str(folder), "--epochs", "2"]))
-    assert calls == [0, 1, 1, 2, 2]
-    assert started == [("project", "run")] * 2
+    script.train(script.parse(["--resume", str(folder), "--epochs", "0"]))
+    assert calls == [0, 1, 1, 2, 2, 2]
+    assert started == [("project", "run")] * 3
 
 
 @in_both_scripts
@@ -1169,7 +1179,7 @@ def test_the_saved_lora_gives_the_same_image_in_diffusers(run, sd1, script):
 
 # What the scripts make of a model, beside diffusers' own pipeline: to be run on any other model for
 # which a script's model section was rewritten, a folder or a repository, of random weights or not:
-# MODEL=path python -m pytest -q -k "section and crd" test_crd.py
+# MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
 
 MODEL = os.environ.get("MODEL")
 CAPTIONS = ["a cat", 'a long wooden sign on a blue wall, with the text "moon"']
@@ -1191,7 +1201,9 @@ def save_changed(pipe, path, **settings):
 def section_args(sd1, tmp_path, request):
     """Settings of a script for a model."""
     script, name = request.param
-    settings = dict(model=MODEL, dtype="fp32", height=64, width=32) if MODEL else {}
+    settings = {}
+    if MODEL:
+        settings = dict(model=MODEL, dtype="fp32", height=64, width=32, max_sequence_length=32)
     if name == "shifted":  # not that many noise levels, either
         settings["model"] = save_changed(tiny(), tmp_path, shift=3.0, num_train_timesteps=500)
     if name.startswith("sd1"):
@@ -1317,7 +1329,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
     (ddpo, "sd1", dict(scheduler=dict(rescale_betas_zero_snr=True)), "rescale_betas_zero_snr"),
     (ddpo, "sd1", dict(scheduler=dict(num_train_timesteps=4)), "--steps exceeds the model's 4"),
 ])  # fmt: skip
-def test_section_refuses_settings_that_it_would_ignore(
+def test_a_model_with_settings_that_would_be_ignored_is_refused(
     sd1, tmp_path, monkeypatch, script, model, settings, message
 ):
     """By name, before any weights are loaded."""
@@ -1710,7 +1722,7 @@ def test_a_run_of_another_model_or_script_is_not_resumed(run, script):
     state = torch.load(folder / "state.pt")
     state["adapters"] = {f"other.{name}": x for name, x in state["adapters"].items()}
     torch.save(state, folder / "state.pt")
-    with pytest.raises(ValueError, match="has trained another model: .'other"):
+    with pytest.raises(ValueError, match="has trained another model: .*'other"):
         script.train(script.parse(["--resume", str(folder), "--epochs", "2"]))
     baseline = run(rwr, "baseline", 0)
     with pytest.raises(ValueError, match=f"holds no run of {script.__name__}.py"):
@@ -1826,6 +1838,9 @@ def test_a_large_model_runs_on_a_cpu_if_asked(monkeypatch, script):
     (ddpo, dict(updates=0), "--updates has to be 1"), (ddpo, dict(group_size=0), "--group-size"),
     (crd, dict(eval_every=-1), "--eval-every"), (ddpo, dict(eval_images=0), "--eval-images has"),
     (crd, dict(epochs=-1), "--epochs"), (ddpo, dict(epochs=-1), "--epochs"),
+    (crd, dict(beta=0), "--beta"), (crd, dict(tau=-1.0), "--tau"),
+    (crd, dict(anchor=1e-5), "--anchor 0 or"),
+    (crd, dict(name=None), "`parse`, which"), (ddpo, dict(name=None), "`parse`, which applies"),
     (crd, dict(height=0), "--height"), (ddpo, dict(micro_batch=-8), "--micro-batch"),
     (crd, dict(lora="nowhere"), "nowhere: there is no such folder"),
     (ddpo, dict(lora="nowhere"), "nowhere: there is no such folder"),

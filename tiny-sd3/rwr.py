@@ -217,8 +217,8 @@ def train(args):
         adapters = {name: tensors[name] for name in tensors if name.endswith(ddpo.ADAPTERS)}
         state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics, "history": history}
-        torch.save(state, folder / "state.aside")
-        (folder / "state.aside").replace(state_file)
+        torch.save(state, folder / "state.new")
+        (folder / "state.new").replace(state_file)
     return folder
 
 
