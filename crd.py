@@ -426,8 +426,8 @@ def checkpoint(block, *inputs):
 # Stable Diffusion 3: what to rewrite for another flow model. The contract:
 #   encode     gives a list of tensors, N in front. Their other sizes are the same in every call:
 #              pad to --max-sequence-length, and give a mask even if it is all ones
-#   velocity   is noise - x0, in float32, guided as the pipeline does it. A guidance embedding always
-#              has the pipeline's default; --anchor-guidance is classifier-free, on top of it
+#   velocity   is noise - x0, in float32, guided as the pipeline does it. A guidance embedding has
+#              the pipeline's default; --anchor-guidance is classifier-free, on top of it
 #   schedule   gives the pipeline's own sigmas, from 1, noise, to 0; a shift may depend on `shape`
 #   shape      of an image's latents, as the pipeline takes `latents`. If they are packed, keep the
 #              height and width on `pipe`, for `velocity` and `decode`

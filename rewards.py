@@ -395,11 +395,14 @@ class OCR(Reward):
             for box in reading_order(boxes):
                 lines.append(self.line_input(cut_out(x, box)))
                 rows.append(row)
-        scores = in_batches(lambda x: self.recognizer(pixel_values=x).last_hidden_state, lines)
+        best = in_batches(self.best_classes, lines)
         texts = [[] for _ in images]
-        for row, x in zip(rows, scores):
+        for row, x in zip(rows, best):
             texts[row].append(ctc_decode(x, self.characters))
         return [" ".join(text) for text in texts]
+
+    def best_classes(self, lines):
+        return self.recognizer(pixel_values=lines).last_hidden_state.argmax(-1).cpu()
 
     def detector_size(self, size):
         scale = {
@@ -574,10 +577,9 @@ def reading_order(boxes):
     return [boxes[i] for line in lines for i in sorted(line, key=along.__getitem__)]
 
 
-def ctc_decode(scores, characters):
-    """Class scores (T, C) to a string: best class a step, repeats merged, class 0 dropped."""
-    best = scores.argmax(-1).unique_consecutive().tolist()
-    return "".join(characters[i] for i in best if i)
+def ctc_decode(best, characters):
+    """The best class of each step (T,) to a string: repeats merged, class 0 dropped."""
+    return "".join(characters[i] for i in best.unique_consecutive().tolist() if i)
 
 
 # CLIP and its kin
