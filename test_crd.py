@@ -21,8 +21,10 @@ import tarfile
 import textwrap
 import threading
 import time
+import weakref
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -36,6 +38,8 @@ import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 TINY = Path(__file__).parent / "tiny-sd3"
@@ -3233,24 +3237,32 @@ def count_passes(network, script, targets, *inputs):
     return forward, count_tflop(lambda: network(*inputs)[0].sum().backward())
 
 
+def sd35_medium():
+    """Stable Diffusion 3.5 Medium's transformer, at its true size."""
+    return diffusers.SD3Transformer2DModel(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def large_vae(channels):
+    return diffusers.AutoencoderKL(
+        latent_channels=channels, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
 def count_large_models():
     """SD 3.5 Medium's and SD 1.4's passes and the VAE's, for one image of 512 px, on the models'
     true sizes, without weights."""
     latents = torch.empty(1, 16, 64, 64)
     small = torch.empty(1, 4, 64, 64)
-    sd3 = diffusers.SD3Transformer2DModel(
-        num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-    )  # fmt: skip
     inputs = (latents, torch.empty(1, 77 + 128, 4096), torch.empty(1, 2048), torch.empty(1))
-    sd3_passes = count_passes(sd3, crd, crd.TARGET_MODULES, *inputs, None, None, False)
+    sd3_passes = count_passes(sd35_medium(), crd, crd.TARGET_MODULES, *inputs, None, None, False)
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
     inputs = (small, torch.empty(1), torch.empty(1, 77, 768))
     unet_passes = count_passes(unet, ddpo, ddpo.StableDiffusion.target_modules, *inputs)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+    vae = large_vae(4)
     with torch.no_grad():
         return *sd3_passes, *unet_passes, count_tflop(lambda: vae.decode(small))
 
@@ -3278,3 +3290,126 @@ def test_the_pages_say_what_the_large_runs_compute():
             minutes = tflop * images / (0.4 * peak) / 60
             cells.append(f"{minutes:.1f}, {minutes * epochs / 60 / 24:.1f}")
         assert f"| {' | '.join(cells)} |" in page
+
+
+empty = partial(torch.empty, device="meta")
+bf16 = partial(empty, dtype=torch.bfloat16)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all meta tensors that are alive: now, and at their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1  # yes, all latents are finite
+        outputs = function(*args, **(kwargs or {}))
+        for x in tree_leaves(outputs):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.alive:
+                    self.alive.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, key, size)
+        return outputs
+
+    def free(self, key, size):
+        self.alive.remove(key)
+        self.now -= size
+
+    def peak_gb(self, function, *args):
+        self.peak = self.now
+        function(*args)
+        return self.peak / 1e9
+
+
+def sd35_encoders_gb():
+    """Of the two CLIP text encoders and T5, in bf16."""
+    clip, t5 = transformers.CLIPTextConfig, transformers.T5Config
+    configs = [
+        clip(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+        clip(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, projection_dim=1280),
+        t5(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
+    ]
+    classes = [transformers.CLIPTextModelWithProjection] * 2 + [transformers.T5EncoderModel]
+    with torch.device("meta"):
+        encoders = [kind(config) for kind, config in zip(classes, configs)]
+    return sum(2 * p.numel() for encoder in encoders for p in encoder.parameters()) / 1e9
+
+
+def train_a_micro_batch(pipe, layers, x0, cond, uncond, args):
+    """As `run` does it, but for the pass of `old`, which takes less than the guided one."""
+    sigma = empty(())
+    noise, v_old = torch.empty_like(x0), torch.empty_like(x0)
+    x = crd.add_noise(x0, noise, sigma)
+    v_ref = None
+    if args.anchor:
+        with torch.no_grad(), crd.use_adapter(layers, None):
+            v_ref = crd.velocity(pipe, x, sigma, cond, uncond, args.anchor_guidance)
+    v = crd.velocity(pipe, x, sigma, cond)
+    s = empty(len(x0))
+    crd.objective(v, v_old, v_ref, noise - x0, s, s, args)["loss"].backward()
+
+
+def measure_memory(memory, pipe, layers, args):
+    """GB at the peak of each phase of any epoch but the first."""
+    N, size = args.groups * args.group_size, args.micro_batch
+    tokens = 77 + args.max_sequence_length
+    parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    _adam = [torch.zeros_like(p) for p in 2 * parameters]
+    cond, held_out, uncond = [  # of an epoch's images, of an evaluation's, and of no prompt
+        [bf16(count, tokens, 4096), bf16(count, 2048)] for count in (N, args.eval_images, 1)
+    ]
+    x0 = empty(N, 16, 64, 64)
+    held = memory.now / 1e9
+    noise = torch.empty_like(x0)
+    two = slice(0, 2 * size)  # micro-batches
+    c = [part[two] for part in cond]
+    rollout = memory.peak_gb(
+        crd.generate, pipe, layers, "sampler", noise[two], c, uncond, 1, 1.0, size
+    )
+    decode = memory.peak_gb(crd.decode, pipe, x0[:16])
+    del noise
+    for p in parameters:
+        p.grad = torch.zeros_like(p)  # of an earlier micro-batch
+    inputs = (pipe, layers, x0[:size], [part[:size] for part in cond], uncond)
+    pipe.transformer.enable_gradient_checkpointing(crd.checkpoint)
+    train = memory.peak_gb(train_a_micro_batch, *inputs, args)
+    pipe.transformer.disable_gradient_checkpointing()
+    plain = memory.peak_gb(train_a_micro_batch, *inputs, replace(args, anchor=0))
+    pipe.transformer.zero_grad()
+    return held, held + sd35_encoders_gb(), rollout, decode, train, plain
+
+
+def test_the_pages_say_how_much_memory_crd_takes(monkeypatch):
+    """SD 3.5 Medium at 512 px, on tensors without data. As on a GPU, attention keeps no matrix of
+    all pairs. Left out: what convolutions and the text encoders compute with."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention = lambda q, k, v, *_, **__: attend(q, k, v)[0]  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    sigmas = torch.tensor([1.0, 0.0])  # have data, as the sampler reads them
+    monkeypatch.setattr(crd, "schedule", lambda *_: sigmas)
+    with Memory() as memory:
+        with torch.device("meta"):
+            network = sd35_medium().requires_grad_(False)
+            for p in network.parameters():  # but not the positions, as in `load_parts`
+                p.data = p.data.to(torch.bfloat16)
+            layers = crd.add_lora(network, crd.TARGET_MODULES, 32, 64, crd.ADAPTERS)
+            vae = large_vae(16).requires_grad_(False)
+        network.register_forward_pre_hook(lambda _, inputs: tuple(x.to("meta") for x in inputs))
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        processor = SimpleNamespace(postprocess=lambda pixels: [])
+        pipe = SimpleNamespace(
+            transformer=network, vae=vae, scheduler=scheduler, image_processor=processor
+        )
+        page = (TINY / "RESULTS.md").read_text()
+        for flags in ("--reward ocr", "--reward ocr --group-size 8 --micro-batch 8"):
+            measured = measure_memory(memory, pipe, layers, crd.parse(flags.split()))
+            cells = re.search(rf"\| `crd.py {flags}` \|(.*)\|", page)[1].split("|")
+            assert [float(cell) for cell in cells] == pytest.approx(measured, rel=0.03)
