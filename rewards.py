@@ -1012,7 +1012,7 @@ class GenEval(Reward):
             threshold = 0.9 if entry["tag"] == "counting" else self.threshold
             objects = instances(*logits, (image.height, image.width), threshold, x.shape[1:])
             for wanted in entry["include"]:
-                if "color" in wanted and wanted["class"] in objects:
+                if "color" in wanted and objects.get(wanted["class"]):
                     self.name_colors(image, wanted["class"], objects[wanted["class"]])
             found.append(objects)
         return found

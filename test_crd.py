@@ -3111,6 +3111,15 @@ def test_an_objects_color_is_that_of_its_pixels_on_gray(small):
         assert [cat.color for cat in cats] == [color, color]
 
 
+def test_a_class_whose_detections_are_all_too_weak_has_no_color(small, monkeypatch):
+    """A mask can lower a score below the threshold: then nothing of the class is left."""
+    reward = small("geneval")
+    monkeypatch.setattr(rewards, "instances", lambda *args: {"cat": []})
+    entry = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
+    R, values = reward.score([FLAT], ["a photo of a red cat"], [entry])
+    assert R.item() == 0 and values["geneval/colors"] == 0
+
+
 def test_a_color_is_the_direction_of_its_three_texts_mean(small):
     """Red's texts differ, so that their mean is short: it counts all the same."""
     reward = small("geneval")
