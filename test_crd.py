@@ -3117,7 +3117,7 @@ def test_a_class_whose_detections_are_all_too_weak_has_no_color(small, monkeypat
     monkeypatch.setattr(rewards, "instances", lambda *args: {"cat": []})
     entry = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
     R, values = reward.score([FLAT], ["a photo of a red cat"], [entry])
-    assert R.item() == 0 and values["geneval/colors"] == 0
+    assert R.item() == 0 and values[f"{reward.name}/colors"] == 0
 
 
 def test_a_color_is_the_direction_of_its_three_texts_mean(small):
