@@ -12,8 +12,8 @@ What a reader who knows PPO would not expect:
 
 Why it works: max_p E_p[R] - beta KL(p || p_old) has the optimum p* = p_old exp(R / beta) / Z, so
 R = beta log(p* / p_old) + beta log Z for any image, whoever drew it. Z is intractable but depends
-on the prompt alone. It cancels if both sides are centered: if the mean over a group, K images of
-one prompt, is subtracted.
+on the prompt alone: subtract from both sides their mean over a group, K images of one prompt, and
+log Z cancels. What is left is a regression of log-ratios on rewards.
 
     x0, noise, sigma   an image's latents, Gaussian noise, noise level in [0, 1]
     x                  the noised image (1 - sigma) x0 + sigma noise
@@ -22,30 +22,31 @@ one prompt, is subtracted.
     v_ref              u as predicted by the pretrained model with guidance: the anchor's target
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
     R                  an image's reward
-    A                  its advantage, (R - mean_K R) / std R, clipped to +-clip, which is 5
-    s                  A / (2 clip) + 1/2, in [0, 1]: what takes R's place in the loss
+    A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-5
+    s                  A / 10 + 1/2, in [0, 1]: what takes R's place in the loss
     n                  R scaled to [0, 1] by the reward's own range: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
     mean               over an image's latents; mean_i over images, mean_K over a group
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
-          with m = mean |v - u| and m_old = mean |v_old - u| as constants
-    L   = clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2             crd_loss
+          with m = mean |v - u| and m_old = mean |v_old - u|, both detached
+    L   = (5 / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2              crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-The loss is the average of L over a few noise levels, those of the rollout. The factor clip / beta
-makes the first term's gradient at rho = 0, where v = v_old, that of -mean_i A_i rho_i.
+L is computed at one noise level. An optimizer step takes its mean over some of the rollout's. The
+factor 5 / beta makes step sizes comparable: while rho = 0, the first term has the gradient of
+-mean_i A_i rho_i, a policy gradient's; as rho grows, the square holds it to its target.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
-    sampler   draws the images; updated once per epoch, at first a copy, so that images are recent
-    old       compared with; updated once per epoch, always behind, so that rho does not vanish
-    ema       evaluated and saved; updated after every optimizer step
+    ema       follows after every optimizer step; evaluated and saved
+    old       follows once per epoch, slowly: if rho were always 0, nothing would hold the policy
+    sampler   draws the images; follows once per epoch, early in training more closely than `old`
 
-Every epoch, `run` draws K images of each prompt with `sampler` (generate), scores them
-(reward_targets), takes optimizer steps on the loss (objective), and moves `old` and `sampler`
-toward the policy (ema_update).
+Every epoch, `run` draws K images of each prompt with `sampler` (generate), turns their rewards
+into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
+the policy (ema_update).
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -98,7 +99,7 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A preset changes defaults of some; flags override both."""
+    """Everything a run depends on. A preset changes some defaults; flags override them all."""
 
     # model
     preset: Literal["ocr", "geneval", "tiny"] | None = arg(
@@ -127,11 +128,11 @@ class Settings:
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
     anchor_adaptive: bool = arg(True, "the anchor grows with the reward; else n = 1 for all images")
-    train_timesteps: int = arg(9, "noise levels per optimizer step, of the rollout's; at most all")
+    train_timesteps: int = arg(9, "how many of the rollout's noise levels an optimizer step has")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
-    micro_batch: int = arg(24, "most images at once, in sampling as in training: whole groups")
+    micro_batch: int = arg(24, "images at once, at most; whole groups")
     lr: float = arg(3e-4, "AdamW learning rate")
     old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
     sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
@@ -201,9 +202,8 @@ def implicit_reward(v, v_old, u):
     """
 
     def weighted_error(prediction):
-        error = (prediction.float() - u.float()).flatten(
-            1
-        )  # in bf16, rounding errors would exceed rho
+        # In float32: in bf16, rounding errors would exceed rho.
+        error = (prediction.float() - u.float()).flatten(1)
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
 
@@ -211,7 +211,7 @@ def implicit_reward(v, v_old, u):
 
 
 def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
-    """clip / beta mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,).
+    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,).
 
     If tau is finite, mean_K has weights. With softmax(s / tau) images are compared with the best of
     their group, with softmax(-s / tau) with the worst; the loss is the mean of both. Z cancels
@@ -234,8 +234,8 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
 def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
-    The penalty is weak for images of low reward, n (B,) in [0, 1], which have much to learn, and
-    strong for those of high reward, where the reward may be exploited.
+    The penalty is weak where the reward, n (B,) in [0, 1], is low and the policy has much to learn;
+    it is strong where the reward is high and may be exploited.
     """
     kappas = kappa_min + n * (kappa - kappa_min)
     error = (v.float() - v_ref.float()).flatten(1)
@@ -243,8 +243,8 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """L for whole groups at one sigma, as "loss" in a dict of its terms. Without an anchor v_ref is
-    None."""
+    """{name: number}: L for whole groups at one sigma, "loss", its terms, and the variance of rho
+    within groups, to log. Without an anchor v_ref is None."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -522,7 +522,7 @@ def encode(pipe, prompts, args):
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # Kept on the CPU, so that nothing has to be copied back.
+    # The weights stay on the CPU, too, so that nothing has to be copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
@@ -770,15 +770,15 @@ def run(args, folder):
         totals = defaultdict(float)
         images_per_step = N // args.steps_per_epoch
         for start in bar(range(0, N, images_per_step), "train"):
+            # Indices of sigmas, in random order; the last sigma, 0, is none of them.
             order = torch.randperm(args.rollout_steps, generator=generator, device=device)
-            drawn = order[
-                : args.train_timesteps
-            ].tolist()  # indices of sigmas; the last sigma, 0, is not drawn
+            drawn = order[: args.train_timesteps].tolist()
             micro_batches = batches(start, start + images_per_step, args.micro_batch)
             for i, rows in itertools.product(drawn, micro_batches):
                 c = [part[rows] for part in cond]
                 noise = torch.randn(x0[rows].shape, generator=generator, device=device)
                 x = add_noise(x0[rows], noise, sigmas[i])
+                u = noise - x0[rows]
                 v_ref = None
                 with torch.no_grad():
                     with use_adapter(layers, "old"):
@@ -787,8 +787,8 @@ def run(args, folder):
                         with use_adapter(layers, None):
                             v_ref = velocity(pipe, x, sigmas[i], c, uncond, args.anchor_guidance)
                 v = velocity(pipe, x, sigmas[i], c)  # `policy` is active
-                terms = objective(v, v_old, v_ref, noise - x0[rows], s[rows], n[rows], args)
-                share = len(noise) / images_per_step / len(drawn)
+                terms = objective(v, v_old, v_ref, u, s[rows], n[rows], args)
+                share = len(x) / images_per_step / len(drawn)  # of the step's mean
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / args.steps_per_epoch * term.detach()
@@ -805,8 +805,9 @@ def run(args, folder):
             optimizer.step()
             optimizer.zero_grad()
             progress["step"] += 1
-            warm_up = (1 + progress["step"]) / (10 + progress["step"])
-            ema_update(layers, "ema", min(args.ema, warm_up))
+            # As in DiffusionNFT, the first averages forget faster.
+            decay = min(args.ema, (1 + progress["step"]) / (10 + progress["step"]))
+            ema_update(layers, "ema", decay)
 
         # 4. Let `old` and `sampler` follow the policy.
         ema_update(layers, "old", ema_decay(progress["step"], *args.old_decay))

@@ -5,6 +5,7 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
+   (p below is such a step's density, to the power of 1 / D for D latents, by point 4.)
 3. There is no critic. The baseline is the mean of a prompt's most recent rewards.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. At that scale a rounding difference between
@@ -19,17 +20,18 @@ sampler as a policy. What a reader who knows PPO would not expect:
     gradient  E_p   [ mean_i A grad log p(x_next | x, i, cond) ]    `sf`, score_function_loss
     or        E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
 
-mean_i is over the random steps of an image: the last steps can be deterministic, and are not
-trained on. At p = p_old both gradients are the same. With `--algorithm sf` there is one update,
-then new images. `--algorithm is` splits an epoch's images over several updates. From the second on,
-the policy is no longer the one that drew them: the ratio corrects for that, and PPO's clip takes
-out steps whose ratio is already above 1 + clip with A > 0, or below 1 - clip with A < 0.
+mean_i is over an image's random steps. If the last steps are deterministic, they are not actions
+but part of the environment. At p = p_old both gradients are the same. With `--algorithm sf` there
+is one update, then new images. `--algorithm is` splits an epoch's images over several updates. From
+the second on, the policy is no longer the one that drew them: the ratio corrects for that, and
+PPO's clip takes out steps whose ratio is already above 1 + clip with A > 0, or below 1 - clip with
+A < 0.
 
-Every epoch, `run` draws images and keeps their states and log p_old (rollout), scores them
-(prompt_advantages), and updates the policy on every random step of every image (policy_terms).
-Evaluated, and saved as a LoRA, is `ema`, a moving average of the policy, by the same sampler
-without noise. (The baselines of the paper, two kinds of reward-weighted regression, are in
-tiny-sd3/rwr.py.)
+Every epoch, `run` draws images and keeps their states and log p_old (rollout), turns their rewards
+into advantages (prompt_advantages), and updates the policy on every random step of every image
+(policy_terms). `ema`, a moving average of the policy, is what is evaluated, by the same sampler
+without noise, and saved. (What the paper compares with, two kinds of reward-weighted regression, is
+in tiny-sd3/rwr.py.)
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -76,7 +78,7 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A preset changes defaults of some; flags override both."""
+    """Everything a run depends on. A preset changes some defaults; flags override them all."""
 
     # model
     preset: Literal["sd1", "sd3", "tiny"] = arg("sd1", "which defaults to change")
@@ -128,7 +130,7 @@ class Settings:
 
 PRESETS = {
     "sd1": dict(),
-    # As in Flow-GRPO, the last step has no noise, which would stay in the image.
+    # As in Flow-GRPO, the last step has no noise: it would stay in the image.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
@@ -173,7 +175,7 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     the last step, t_next < 0, alpha_next is alphas_cumprod[0]: if it were 1, std would be 0.
     """
     shape = (-1, *[1] * (x.ndim - 1))
-    # view(-1): indexing with a tensor without dimensions makes a GPU wait.
+    # view(-1): to index with a tensor without dimensions, the CPU would wait for the GPU.
     alpha = alphas_cumprod[t.view(-1)].view(shape)
     alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
@@ -186,8 +188,9 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     """A step of the SDE with the marginals of the flow's ODE (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
     v, x, x_next (B, ...); sigma, sigma_next () or (B,); sigma_max () -> x_next and its log_prob.
-    The diffusion noise_level sqrt(sigma / (1 - sigma)) would be infinite at sigma = 1. There
-    1 - sigma is replaced by 1 - sigma_max, where sigma_max is the schedule's largest sigma below 1.
+    x = (1 - sigma) image + sigma noise, v = noise - image, and dt = sigma_next - sigma < 0. At
+    sigma = 1 the diffusion noise_level sqrt(sigma / (1 - sigma)) would be infinite: its denominator
+    is at least 1 - sigma_max, for the schedule's largest sigma below 1.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
@@ -205,7 +208,7 @@ def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0)
     first appended to history, {prompt: list of float}, in place. A prompt with fewer than `minimum`
     rewards uses the mean and std of R.
     """
-    R = R.double()  # float32's rounding, over 1e-6, would give equal rewards an advantage
+    R = R.double()  # rounding errors of float32, divided by 1e-6, would be advantages
     for prompt, reward in zip(prompts, R.tolist()):
         history[prompt] = (history.get(prompt, []) + [reward])[-buffer:]
     A = torch.empty_like(R)
@@ -263,10 +266,10 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
     terms = {"loss": loss}
     if args.algorithm == "is":
-        terms["approx_kl"] = change.square().mean() / 2  # of averages over latents: not in nats
-        terms["clip_fraction"] = (
-            (ratio_error > args.clip).float().mean()
-        )  # on either side, whatever A is
+        # Not in nats: log-probabilities are averages over latents.
+        terms["approx_kl"] = change.square().mean() / 2
+        # Of ratios outside, whether or not the sign of A lets the clip take them out.
+        terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
     terms["ratio_error"] = ratio_error.mean()
     return terms
 
@@ -613,7 +616,7 @@ def encode(pipe, model, prompts):
     """N prompts -> tensors (N, ...), for `predict`. Text encoders are on the device only here."""
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # Kept on the CPU, so that nothing has to be copied back.
+    # The weights stay on the CPU, too, so that nothing has to be copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(pipe.vae.device)
@@ -666,8 +669,10 @@ def check(args):
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
         raise ValueError("--deterministic-steps leaves no step to train on")
-    if args.stat_min > HISTORY:
-        raise ValueError(f"--stat-min exceeds the {HISTORY} rewards that are kept of a prompt")
+    if not 2 <= args.stat_min <= HISTORY or K > HISTORY:
+        raise ValueError(f"{HISTORY} rewards are kept of a prompt: --stat-min is 2 to {HISTORY}")
+    if not 0 < args.eta <= 1 or args.noise_level <= 0:
+        raise ValueError("--eta is above 0, at most 1, --noise-level above 0: steps need noise")
     if args.compile and "recompile_limit" not in inspect.signature(torch.compile).parameters:
         raise ValueError(f"--compile needs a newer PyTorch than {torch.__version__}")
     rewards.check_names(args.reward, args.eval_rewards)
@@ -839,7 +844,7 @@ def run(args, folder):
                 terms = policy_terms(
                     model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args
                 )
-                share = len(x) / per_update / random_steps
+                share = len(x) / per_update / random_steps  # of the update's mean
                 (share * terms["loss"]).backward()
                 for name, term in terms.items():
                     totals[name] += share / len(updates) * term.detach()
@@ -858,8 +863,9 @@ def run(args, folder):
             optimizer.step()
             optimizer.zero_grad()
             progress["step"] += 1
-            warm_up = (1 + progress["step"]) / (10 + progress["step"])
-            ema_update(layers, "ema", min(args.ema, warm_up))
+            # As in DiffusionNFT, the first averages forget faster.
+            decay = min(args.ema, (1 + progress["step"]) / (10 + progress["step"]))
+            ema_update(layers, "ema", decay)
         clock.append(time.perf_counter())
 
         # 4. Log, evaluate, save.
