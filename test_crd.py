@@ -1625,7 +1625,7 @@ def test_a_run_stopped_before_its_first_save_starts_anew(run, script):
     assert expected[0]["reward"] != read_metrics(lora.parent)[0]["reward"]
 
 
-@in_both_scripts
+@parametrize("script", [crd, ddpo, rwr])
 def test_evaluating_a_run_leaves_it_as_it_was(run, script):
     """What is evaluated is its last epoch, on whatever prompts, in a folder of its own."""
     folder = run(script, "run", 1, lr=0.1)

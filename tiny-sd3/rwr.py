@@ -109,19 +109,26 @@ def train(args):
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
+    def adapters():
+        tensors = model.network.state_dict()
+        return {name: tensors[name] for name in tensors if name.endswith(ddpo.ADAPTERS)}
+
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        if unknown := model.network.load_state_dict(state["adapters"], False).unexpected_keys:
-            raise ValueError(f"{folder} has trained another model: {unknown[:3]}")
+        if other := state["adapters"].keys() ^ adapters().keys():
+            raise ValueError(f"{folder} has trained another model: {sorted(other)[:3]}")
+        model.network.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
         history = state["history"]
+    if args.resume and not args.epochs:  # only evaluate: the run stays as it is
+        folder = folder / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
 
@@ -154,7 +161,7 @@ def train(args):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    if progress["epoch"] == 0:
+    if progress["epoch"] == 0 or args.epochs == 0:
         evaluate()
     per_update = N // args.updates
     starts = range(0, N, per_update)
@@ -199,8 +206,8 @@ def train(args):
             optimizer.step()
             optimizer.zero_grad()
             progress["step"] += 1
-            warm_up = (1 + progress["step"]) / (10 + progress["step"])
-            ddpo.ema_update(layers, "ema", min(args.ema, warm_up))
+            decay = min(args.ema, (1 + progress["step"]) / (10 + progress["step"]))
+            ddpo.ema_update(layers, "ema", decay)
         clock.append(time.perf_counter())
 
         # 4. Log, evaluate, save.
@@ -213,9 +220,7 @@ def train(args):
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
-        tensors = model.network.state_dict()
-        adapters = {name: tensors[name] for name in tensors if name.endswith(ddpo.ADAPTERS)}
-        state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
+        state = {"adapters": adapters(), "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics, "history": history}
         torch.save(state, folder / "state.new")
         (folder / "state.new").replace(state_file)
