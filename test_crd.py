@@ -2576,7 +2576,7 @@ def test_another_rewards_py_ahead_on_the_path_is_named(monkeypatch, script):
     """As in a notebook beside which somebody has one."""
     monkeypatch.setitem(sys.modules, "rewards", SimpleNamespace(__file__="their/rewards.py"))
     spec = importlib.util.spec_from_file_location("copy", script.__file__)
-    with pytest.raises(ImportError, match="their/rewards.py hides the rewards.py"):
+    with pytest.raises(ImportError, match="their/rewards.py is not the rewards.py"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
