@@ -1674,8 +1674,8 @@ def test_a_folder_belongs_to_one_run_and_a_run_that_fails_early_leaves_none(
     load_pipeline = script.load_pipeline
 
     def second_run(*args):
-        with pytest.raises(ValueError, match="runs/run exists"):
-            run(script, "run", 1)
+        with pytest.raises(ValueError, match=f"runs/{args[0].name} exists"):
+            run(script, args[0].name, 1)
         return load_pipeline(*args)
 
     def generate(*args):
@@ -1694,6 +1694,11 @@ def test_a_folder_belongs_to_one_run_and_a_run_that_fails_early_leaves_none(
         with pytest.raises(MemoryError):
             script.train(script.parse(["--resume", "runs/run", "--epochs", "2"]))
     assert Path("runs/run/state.pt").exists()
+    with monkeypatch.context() as patch:  # a new run that fails later, after its first evaluation
+        patch.setattr(script, "ema_update", generate)
+        with pytest.raises(MemoryError):
+            run(script, "later", 1)
+    assert len(read_metrics(Path("runs/later"))) == 1
 
 
 @in_both_scripts
