@@ -1765,6 +1765,10 @@ def test_reward_weighted_regression_takes_ddpos_settings(run, monkeypatch):
     assert after["own.red"] != before["own.red"]
     with pytest.raises(ValueError, match="no --wandb"):
         run(rwr, "wandb", 1, wandb="project")
+    rollout = Mock(wraps=ddpo.rollout)
+    monkeypatch.setattr(ddpo, "rollout", rollout)
+    run(rwr, "steps", 1, steps=4, deterministic_steps=3)
+    assert [call.args[5] for call in rollout.call_args_list] == [0, 1, 0]  # random steps
 
 
 @in_both_scripts
@@ -2086,6 +2090,12 @@ def test_settings_that_a_folder_lacks_are_pp_ocrs(tmp_path):
     assert reward.mean == (0.406, 0.456, 0.485) and reward.std == (0.225, 0.224, 0.229)
     assert (reward.limit, reward.limit_type) == (960, "max")
     assert (reward.width, reward.max_width) == (320, 3200)
+
+
+def test_repeats_are_merged_before_blanks_are_dropped():
+    """So a blank between two of a letter keeps both."""
+    best = torch.tensor([0, 1, 1, 0, 1, 2, 2, 0, 0, 2])
+    assert rewards.ctc_decode(best, ["", "a", "b"]) == "aabb"
 
 
 LEFT_PART, RIGHT_PART = (turned((85, 20, 115, 35), degrees) for degrees in (-35, 35))
@@ -2562,6 +2572,12 @@ def test_fields_of_a_prompt_file_are_metadata(tmp_path):
 
 
 # Pictures
+
+
+def test_only_a_newline_ends_a_line_of_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\u2028by a\u0085lake\x0c, dusk\na dog\n")
+    found = [prompt for prompt, _ in rewards.read_prompts(tmp_path / "prompts.txt")]
+    assert found == ["a cat\u2028by a\u0085lake\x0c, dusk", "a dog"]
 
 
 @parametrize("line, message", [
@@ -3041,6 +3057,16 @@ def test_genevals_verdicts(include, words, strict, credit):
 ])  # fmt: skip
 def test_positions_are_those_of_centers_outside_a_dead_zone(box, found):
     assert rewards.relations(box, (40, 40, 60, 60)) == found
+
+
+def test_a_query_that_is_sure_of_no_object_is_none():
+    """However likely one class is beside the others."""
+    logits = torch.full((1, 81), -5.0)
+    logits[0, 15] = 3.0  # a cat
+    masks = torch.full((1, 8, 8), 9.0)
+    assert list(rewards.instances(logits, masks, (8, 8), 0.3)) == ["cat"]
+    logits[0, -1] = 9.0
+    assert rewards.instances(logits, masks, (8, 8), 0.3) == {}
 
 
 def test_a_detections_score_is_class_times_mean_mask_probability(small):
