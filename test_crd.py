@@ -2609,6 +2609,8 @@ def test_a_contact_sheet_has_each_image_in_its_place(tmp_path):
     for i in range(16):  # four in a row, from the left
         corner = (i % 4 * (256 + 8), i // 4 * (128 + 40))
         assert sheet.getpixel((corner[0] + 128, corner[1] + 64)) == (i * 15, 0, 0)
+    rewards.contact_sheet(tmp_path / "sheet.png", images[:5], [0.5] * 5, pairs)
+    assert Image.open(tmp_path / "sheet.png").size == (4 * (256 + 8), 2 * (128 + 40))
 
 
 def test_captions_have_two_digits_and_curves_the_points_of_their_split(tmp_path, monkeypatch):
