@@ -282,7 +282,6 @@ def test_the_objective_is_the_regression_plus_the_anchor(reward_weight, anchor):
 # DDPO's mathematics
 
 DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # Stable Diffusion 1.x's
-DDIM |= dict(timestep_spacing="leading")
 
 
 @any_shape
@@ -1189,14 +1188,11 @@ MODEL = os.environ.get("MODEL")
 CAPTIONS = ["a cat", 'a long wooden sign on a blue wall, with the text "moon"']
 
 
-def save_changed(pipe, path, **settings):
-    """The pipeline with other settings: of its scheduler, or {part: {name: value}}."""
+def save_changed(pipe, path, **parts):
+    """The pipeline with other settings of some of its parts, {name: value}."""
     pipe.save_pretrained(path)
-    parts = settings if isinstance(next(iter(settings.values())), dict) else {"scheduler": settings}
     for part, changes in parts.items():
-        (file,) = [
-            file for file in (path / part).glob("*config.json") if "tokenizer" not in file.name
-        ]
+        (file,) = (path / part).glob("*config.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return str(path)
 
@@ -1209,13 +1205,15 @@ def section_args(sd1, tmp_path, request):
     if MODEL:
         settings = dict(model=MODEL, dtype="fp32", height=64, width=32, max_sequence_length=32)
     if name == "shifted":  # not that many noise levels, either
-        settings["model"] = save_changed(tiny(), tmp_path, shift=3.0, num_train_timesteps=500)
+        scheduler = dict(shift=3.0, num_train_timesteps=500)
+        settings["model"] = save_changed(tiny(), tmp_path, scheduler=scheduler)
     if name.startswith("sd1"):
         settings = sd1 | dict(height=48)
     if name == "sd1 trailing":  # the first step is at the last timestep, as for one-step models
         pipe, _ = ddpo.load_pipeline(short(ddpo, **sd1), CPU)
         scheduler = dict(timestep_spacing="trailing", beta_schedule="scaled_linear", beta_end=0.012)
-        settings["model"] = save_changed(pipe, tmp_path, num_train_timesteps=600, **scheduler)
+        scheduler["num_train_timesteps"] = 600
+        settings["model"] = save_changed(pipe, tmp_path, scheduler=scheduler)
     settings |= dict(steps=3) if script is ddpo else {}
     return script, short(script, **settings)
 
@@ -1249,8 +1247,7 @@ def test_section_gives_the_images_of_diffusers_own_pipeline(section_args, guidan
     absent = {name: None for name, part in pipe.components.items() if part is None}
     theirs = diffusers.DiffusionPipeline.from_pretrained(args.model, dtype=torch.float32, **absent)
     if script is ddpo and isinstance(model, ddpo.StableDiffusion):
-        settings = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, **settings)
+        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, **DDIM)
     options = dict(height=args.height, width=args.width, num_inference_steps=3, latents=noise)
     takes = inspect.signature(theirs.__call__).parameters
     if "max_sequence_length" in takes:
@@ -1299,7 +1296,7 @@ def test_section_has_the_same_gradient_with_checkpointing(section_args):
     assert_close(recomputed, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
 
 
-def test_rollouts_solver_is_eulers_over_two_steps(run):
+def test_rollouts_solver_is_eulers_over_two_steps():
     """From the same noise, guided: DPM-Solver's two steps are Euler's."""
     args = short(crd)
     pipe, shape = crd.load_pipeline(args, CPU)
@@ -1340,8 +1337,7 @@ def test_a_model_with_settings_that_would_be_ignored_is_refused(
     pipe = ddpo.load_pipeline(short(ddpo, **sd1), CPU)[0] if model == "sd1" else tiny()
     if model == "euler":  # its sigmas start at 157: it would train on noise
         pipe.register_modules(scheduler=diffusers.EulerDiscreteScheduler())
-    pipe.save_pretrained(tmp_path)
-    path = save_changed(pipe, tmp_path, **settings) if settings else str(tmp_path)
+    path = save_changed(pipe, tmp_path, **settings)
     monkeypatch.setattr(script, "load_parts", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
         script.load_pipeline(short(script, model=path), CPU)
