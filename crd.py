@@ -44,9 +44,9 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
     old       follows once per epoch, slowly: if rho were always 0, nothing would hold the policy
     sampler   draws the images; follows once per epoch, early in training more closely than `old`
 
-Every epoch, `run` draws K images of each prompt with `sampler` (generate), turns their rewards
+An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
-the policy (ema_update).
+the policy (ema_update). Everything else is the mathematics above it, and the run around it.
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -86,8 +86,8 @@ PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 DECAY = (
-    "START VALUE SLOPE END: an update at the end of an epoch has decay VALUE (0 copies the policy) "
-    "until optimizer step START; then the decay rises by SLOPE per optimizer step, up to END"
+    "START VALUE SLOPE END: after an epoch, at optimizer step t, its decay is VALUE if t < START, "
+    "else min(VALUE + SLOPE (t - START), END); a decay of 0 copies the policy, of 1 changes nothing"
 )
 
 
@@ -306,16 +306,19 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.active = "policy"  # None: as pretrained
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
         B = torch.zeros(base.out_features, rank, device=base.weight.device)
-        self.A = nn.ParameterDict({n: nn.Parameter(A.clone(), n == "policy") for n in adapters})
-        self.B = nn.ParameterDict({n: nn.Parameter(B.clone(), n == "policy") for n in adapters})
+        for name in adapters:
+            self.lora_A[name] = nn.Parameter(A.clone(), requires_grad=name == "policy")
+            self.lora_B[name] = nn.Parameter(B.clone(), requires_grad=name == "policy")
 
     def forward(self, x):
         if self.active is None:
             return self.base(x)
-        A = self.A[self.active].to(x.dtype)
-        B = self.B[self.active].to(x.dtype)
+        A = self.lora_A[self.active].to(x.dtype)
+        B = self.lora_B[self.active].to(x.dtype)
         # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd and round
         # differently, so that equal adapters would not predict exactly the same.
         rows = x.flatten(0, -2)
@@ -352,17 +355,23 @@ def use_adapter(layers, name):
 def ema_update(layers, name, decay):
     """adapter = decay * adapter + (1 - decay) * policy, for A and for B."""
     for layer in layers.values():
-        layer.A[name].lerp_(layer.A["policy"], 1 - decay)
-        layer.B[name].lerp_(layer.B["policy"], 1 - decay)
+        layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
+        layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
 
 
 def adapter_tensors(layers, adapter):
     """The tensors of an adapter by diffusers' names, the scale alpha / rank folded into B."""
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = layer.A[adapter].detach().cpu()
-        tensors[f"{name}.lora_B.weight"] = layer.scale * layer.B[adapter].detach().cpu()
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter].detach().cpu()
+        tensors[f"{name}.lora_B.weight"] = layer.scale * layer.lora_B[adapter].detach().cpu()
     return tensors
+
+
+def adapter_state(model):
+    """All adapters' tensors by the model's names, for state.pt."""
+    tensors = model.state_dict()
+    return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
 
 
 def load_lora(layers, pipe, path, prefix):
@@ -377,13 +386,14 @@ def load_lora(layers, pipe, path, prefix):
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
-        if A.shape != layer.A["policy"].shape:
+        if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
         # In our files the scale is folded into B. Our layers multiply by theirs: divide it out.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
-        for adapter in layer.A:
-            layer.load_state_dict({f"A.{adapter}": A, f"B.{adapter}": B}, strict=False)
+        for adapter in layer.lora_A:
+            new = {f"lora_A.{adapter}": A, f"lora_B.{adapter}": B}
+            layer.load_state_dict(new, strict=False)
 
 
 class Checkpoint(torch.autograd.Function):
@@ -565,8 +575,7 @@ def decode(pipe, latents):
     return images
 
 
-# The run
-
+# The algorithm
 
 bar = partial(tqdm, leave=False, disable=PROCESS > 0)
 
@@ -587,6 +596,112 @@ def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_
             v = partial(velocity, pipe, cond=c, uncond=uncond, guidance=guidance)
             latents.append(sample_ode(v, noise[rows], sigmas))
     return torch.cat(latents)
+
+
+def gather(value):
+    """The values that all processes have here, in their order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(parameters):
+    """Over processes, so that all of them take the same optimizer step."""
+    if PROCESSES == 1:
+        return
+    for p in parameters:
+        if p.grad is None:  # of a layer whose output is not used
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters]
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # writes into p.grad
+
+
+def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, source, reward):
+    """The paper's Algorithm 1, once through, after `step` optimizer steps.
+
+    -> R (N,), the rewards of all processes' images; {name: number} to log, of this process.
+    """
+    device = pipe.vae.device
+    K = args.group_size
+    N = args.groups * K // PROCESSES  # images of this process
+    sigmas = schedule(pipe, args.rollout_steps, shape, device)
+    # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
+    seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
+    generator = torch.Generator(device).manual_seed(seed)
+    clock = [time.perf_counter()]
+
+    # 1. Roll out: K images of each prompt with `sampler`, without guidance.
+    stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
+    pairs = list(itertools.islice(stream, N // K))
+    cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
+    noise = torch.randn(N, *shape, generator=generator, device=device)
+    x0 = generate(
+        pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, 1.0, args.micro_batch
+    )
+    images = decode(pipe, x0)
+    clock.append(time.perf_counter())
+
+    # 2. Score. The standard deviation is over the rewards of all processes.
+    prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
+    own_R, values = reward.score(images, prompts, metadata)  # values: {name: mean score}
+    R = torch.cat(gather(own_R))
+    s = reward_targets(R, K)[PROCESS * N : (PROCESS + 1) * N].to(device)
+    n = rewards.normalize(own_R, reward.range).to(device)
+    if not args.anchor_adaptive:
+        n = torch.ones_like(n)
+    clock.append(time.perf_counter())
+
+    # 3. Train: each optimizer step on its share of the groups, at some of the rollout's sigmas.
+    parameters = optimizer.param_groups[0]["params"]
+    totals = defaultdict(float)
+    images_per_step = N // args.steps_per_epoch
+    for start in bar(range(0, N, images_per_step), "train"):
+        # Indices of sigmas, in random order; the last sigma, 0, is none of them.
+        order = torch.randperm(args.rollout_steps, generator=generator, device=device)
+        drawn = order[: args.train_timesteps].tolist()
+        micro_batches = batches(start, start + images_per_step, args.micro_batch)
+        for i, rows in itertools.product(drawn, micro_batches):
+            c = [part[rows] for part in cond]
+            noise = torch.randn(x0[rows].shape, generator=generator, device=device)
+            x = add_noise(x0[rows], noise, sigmas[i])
+            u = noise - x0[rows]
+            v_ref = None
+            with torch.no_grad():
+                with use_adapter(layers, "old"):
+                    v_old = velocity(pipe, x, sigmas[i], c)
+                if args.anchor:
+                    with use_adapter(layers, None):
+                        v_ref = velocity(pipe, x, sigmas[i], c, uncond, args.anchor_guidance)
+            v = velocity(pipe, x, sigmas[i], c)  # `policy` is active
+            terms = objective(v, v_old, v_ref, u, s[rows], n[rows], args)
+            share = len(x) / images_per_step / len(drawn)  # of the step's mean
+            (share * terms["loss"]).backward()
+            for name, term in terms.items():
+                totals[name] += share / args.steps_per_epoch * term.detach()
+        average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        totals["grad_norm"] += norm / args.steps_per_epoch
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        # As in DiffusionNFT, the first averages forget faster.
+        ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
+
+    # 4. Let `old` and `sampler` follow the policy.
+    ema_update(layers, "old", ema_decay(step, *args.old_decay))
+    ema_update(layers, "sampler", ema_decay(step, *args.sampler_decay))
+    clock.append(time.perf_counter())
+
+    values |= zip(totals, torch.stack(list(totals.values())).tolist())
+    for i, phase in enumerate(("rollout", "reward", "train")):
+        values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+    return R, values
+
+
+# The run
 
 
 def check(args):
@@ -629,14 +744,12 @@ def check(args):
 
 
 def run(args, folder):
-    """The paper's Algorithm 1."""
+    """What surrounds the epochs: load, resume, log, evaluate, save."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
-    K = args.group_size
-    N = args.groups * K // PROCESSES  # images per epoch of this process
 
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_source(args.reward)
@@ -671,17 +784,13 @@ def run(args, folder):
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
-    def adapters():
-        tensors = pipe.transformer.state_dict()
-        return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
-
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
     unsent = []  # those that Weights & Biases has not heard of
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        if other := state["adapters"].keys() ^ adapters().keys():
+        if other := state["adapters"].keys() ^ adapter_state(pipe.transformer).keys():
             raise ValueError(f"{folder} has trained another model: {sorted(other)[:3]}")
         pipe.transformer.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
@@ -707,13 +816,12 @@ def run(args, folder):
         """Draw images of held-out prompts with `ema`, always from the same noise, and score them.
         Save the LoRA, the images and the curves."""
         noise = torch.randn(len(held_out), *shape, generator=torch.Generator().manual_seed(1234))
-        steps, guidance = args.eval_steps, args.eval_guidance
         x0 = generate(
-            pipe, layers, "ema", noise.to(device), held_out_cond, uncond, steps, guidance,
-            args.micro_batch,
+            pipe, layers, "ema", noise.to(device), held_out_cond, uncond, args.eval_steps,
+            args.eval_guidance, args.micro_batch,
         )  # fmt: skip
         images = decode(pipe, x0)
-        R, values = reward.score(images, *zip(*held_out))  # values: {name: mean score}
+        R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
@@ -731,108 +839,28 @@ def run(args, folder):
         evaluate()
     if args.epochs == 0:
         publish()
-    sigmas = schedule(pipe, args.rollout_steps, shape, device)
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
-        clock = [time.perf_counter()]
-        # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
-        seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
-        generator = torch.Generator(device).manual_seed(seed)
-
-        # 1. Roll out: K images of each prompt with `sampler`, without guidance.
-        stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
-        pairs = list(itertools.islice(stream, N // K))
-        cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
-        noise = torch.randn(N, *shape, generator=generator, device=device)
-        x0 = generate(
-            pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, 1.0, args.micro_batch
+        R, own_values = train_epoch(
+            args, epoch, progress["step"], pipe, shape, uncond, layers, optimizer, source, reward
         )
-        images = decode(pipe, x0)
-        clock.append(time.perf_counter())
-
-        # 2. Score. The standard deviation is over the rewards of all processes.
-        prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
-        own_R, values = reward.score(images, prompts, metadata)
-        n = rewards.normalize(own_R, reward.range).to(device)
-        if not args.anchor_adaptive:
-            n = torch.ones_like(n)
-        shards = [(own_R, values)] * PROCESSES
-        if PROCESSES > 1:
-            dist.all_gather_object(shards, (own_R, values))
-        R = torch.cat([shard_R for shard_R, _ in shards])
         # A process may lack a number, such as that of a GenEval task of which it drew no prompt.
-        names = dict.fromkeys(name for _, v in shards for name in v)
-        values = {name: fmean(v[name] for _, v in shards if name in v) for name in names}
-        s = reward_targets(R, K)[PROCESS * N : (PROCESS + 1) * N].to(device)
-        clock.append(time.perf_counter())
-
-        # 3. Train: each optimizer step on its share of the groups, at some of the rollout's sigmas.
-        totals = defaultdict(float)
-        images_per_step = N // args.steps_per_epoch
-        for start in bar(range(0, N, images_per_step), "train"):
-            # Indices of sigmas, in random order; the last sigma, 0, is none of them.
-            order = torch.randperm(args.rollout_steps, generator=generator, device=device)
-            drawn = order[: args.train_timesteps].tolist()
-            micro_batches = batches(start, start + images_per_step, args.micro_batch)
-            for i, rows in itertools.product(drawn, micro_batches):
-                c = [part[rows] for part in cond]
-                noise = torch.randn(x0[rows].shape, generator=generator, device=device)
-                x = add_noise(x0[rows], noise, sigmas[i])
-                u = noise - x0[rows]
-                v_ref = None
-                with torch.no_grad():
-                    with use_adapter(layers, "old"):
-                        v_old = velocity(pipe, x, sigmas[i], c)
-                    if args.anchor:
-                        with use_adapter(layers, None):
-                            v_ref = velocity(pipe, x, sigmas[i], c, uncond, args.anchor_guidance)
-                v = velocity(pipe, x, sigmas[i], c)  # `policy` is active
-                terms = objective(v, v_old, v_ref, u, s[rows], n[rows], args)
-                share = len(x) / images_per_step / len(drawn)  # of the step's mean
-                (share * terms["loss"]).backward()
-                for name, term in terms.items():
-                    totals[name] += share / args.steps_per_epoch * term.detach()
-            if PROCESSES > 1:
-                for p in parameters:
-                    if p.grad is None:  # of a layer whose output is not used
-                        p.grad = torch.zeros_like(p)
-                gradients = [p.grad for p in parameters]
-                flat = nn.utils.parameters_to_vector(gradients)
-                dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # writes into p.grad
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-            totals["grad_norm"] += norm / args.steps_per_epoch
-            optimizer.step()
-            optimizer.zero_grad()
-            progress["step"] += 1
-            # As in DiffusionNFT, the first averages forget faster.
-            decay = min(args.ema, (1 + progress["step"]) / (10 + progress["step"]))
-            ema_update(layers, "ema", decay)
-
-        # 4. Let `old` and `sampler` follow the policy.
-        ema_update(layers, "old", ema_decay(progress["step"], *args.old_decay))
-        ema_update(layers, "sampler", ema_decay(progress["step"], *args.sampler_decay))
-        clock.append(time.perf_counter())
-
-        # 5. Log, evaluate, save.
-        progress["epoch"] += 1
-        progress["images"] += len(R)
-        progress["seconds"] += clock[-1] - clock[0]
-        means = torch.stack(list(totals.values()))
-        if PROCESSES > 1:
-            dist.all_reduce(means)
-        values |= zip(totals, (means / PROCESSES).tolist())
+        shards = gather(own_values)
+        names = dict.fromkeys(name for values in shards for name in values)
+        values = {name: fmean(v[name] for v in shards if name in v) for name in names}
         values["rho_std"] = values.pop("rho_variance") ** 0.5  # within groups
-        for i, phase in enumerate(("rollout", "reward", "train")):
-            values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        progress["epoch"] += 1
+        progress["step"] += args.steps_per_epoch
+        progress["images"] += len(R)
+        progress["seconds"] += sum(values[name] for name in values if name.endswith("_seconds"))
         if PROCESS > 0:
             continue
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
-        state = {"adapters": adapters(), "optimizer": optimizer.state_dict()}
+        state = {"adapters": adapter_state(pipe.transformer), "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics}
         torch.save(state, folder / "state.new")
         (folder / "state.new").replace(state_file)

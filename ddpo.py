@@ -27,11 +27,11 @@ the second on, the policy is no longer the one that drew them: the ratio correct
 PPO's clip takes out steps whose ratio is already above 1 + clip with A > 0, or below 1 - clip with
 A < 0.
 
-Every epoch, `run` draws images and keeps their states and log p_old (rollout), turns their rewards
-into advantages (prompt_advantages), and updates the policy on every random step of every image
-(policy_terms). `ema`, a moving average of the policy, is what is evaluated, by the same sampler
-without noise, and saved. (What the paper compares with, two kinds of reward-weighted regression, is
-in tiny-sd3/rwr.py.)
+An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
+rewards into advantages (prompt_advantages), and updates the policy on every random step of every
+image (policy_terms). `ema`, a moving average of the policy, is what is evaluated, by the same
+sampler without noise, and saved. (What the paper compares with, two kinds of reward-weighted
+regression, is in tiny-sd3/rwr.py.)
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -325,16 +325,19 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.active = "policy"  # None: as pretrained
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
         B = torch.zeros(base.out_features, rank, device=base.weight.device)
-        self.A = nn.ParameterDict({n: nn.Parameter(A.clone(), n == "policy") for n in adapters})
-        self.B = nn.ParameterDict({n: nn.Parameter(B.clone(), n == "policy") for n in adapters})
+        for name in adapters:
+            self.lora_A[name] = nn.Parameter(A.clone(), requires_grad=name == "policy")
+            self.lora_B[name] = nn.Parameter(B.clone(), requires_grad=name == "policy")
 
     def forward(self, x):
         if self.active is None:
             return self.base(x)
-        A = self.A[self.active].to(x.dtype)
-        B = self.B[self.active].to(x.dtype)
+        A = self.lora_A[self.active].to(x.dtype)
+        B = self.lora_B[self.active].to(x.dtype)
         # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd and round
         # differently, so that equal adapters would not predict exactly the same.
         rows = x.flatten(0, -2)
@@ -371,17 +374,23 @@ def use_adapter(layers, name):
 def ema_update(layers, name, decay):
     """adapter = decay * adapter + (1 - decay) * policy, for A and for B."""
     for layer in layers.values():
-        layer.A[name].lerp_(layer.A["policy"], 1 - decay)
-        layer.B[name].lerp_(layer.B["policy"], 1 - decay)
+        layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
+        layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
 
 
 def adapter_tensors(layers, adapter):
     """The tensors of an adapter by diffusers' names, the scale alpha / rank folded into B."""
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = layer.A[adapter].detach().cpu()
-        tensors[f"{name}.lora_B.weight"] = layer.scale * layer.B[adapter].detach().cpu()
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter].detach().cpu()
+        tensors[f"{name}.lora_B.weight"] = layer.scale * layer.lora_B[adapter].detach().cpu()
     return tensors
+
+
+def adapter_state(model):
+    """All adapters' tensors by the model's names, for state.pt."""
+    tensors = model.state_dict()
+    return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
 
 
 def load_lora(layers, pipe, path, prefix):
@@ -396,13 +405,14 @@ def load_lora(layers, pipe, path, prefix):
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
-        if A.shape != layer.A["policy"].shape:
+        if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
         # In our files the scale is folded into B. Our layers multiply by theirs: divide it out.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
-        for adapter in layer.A:
-            layer.load_state_dict({f"A.{adapter}": A, f"B.{adapter}": B}, strict=False)
+        for adapter in layer.lora_A:
+            new = {f"lora_A.{adapter}": A, f"lora_B.{adapter}": B}
+            layer.load_state_dict(new, strict=False)
 
 
 class Checkpoint(torch.autograd.Function):
@@ -641,6 +651,99 @@ def decode(pipe, latents):
     return images
 
 
+# The algorithm
+
+
+def gather(value):
+    """The values that all processes have here, in their order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(parameters):
+    """Over processes, so that all of them take the same optimizer step."""
+    if PROCESSES == 1:
+        return
+    for p in parameters:
+        if p.grad is None:  # of a layer whose output is not used
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters]
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # writes into p.grad
+
+
+def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, source, reward, history):
+    """Sample, score, improve (paper, sec. 4), once through, after `step` optimizer steps. history:
+    see `prompt_advantages`.
+
+    -> R (N,), the rewards of all processes' images; {name: number} to log, of this process.
+    """
+    device = pipe.vae.device
+    K = args.group_size
+    N = args.images // PROCESSES  # images of this process
+    random_steps = args.steps - args.deterministic_steps
+    per_update = N // args.updates
+    starts = range(0, N, per_update)
+    # For each update its micro-batches. Images are drawn in the same ones (see `guided`), and so
+    # not shuffled in between.
+    updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
+    # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
+    seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
+    generator = torch.Generator(device).manual_seed(seed)
+    clock = [time.perf_counter()]
+
+    # 1. Roll out.
+    stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
+    pairs = list(itertools.islice(stream, N // K))
+    cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
+    noise = torch.randn(N, *model.shape, generator=generator, device=device)
+    x0, states, log_probs = rollout(
+        model, noise, cond, uncond, sum(updates, []), random_steps, args, generator
+    )
+    images = decode(pipe, x0)
+    clock.append(time.perf_counter())
+
+    # 2. Score. The baselines are of the rewards of all processes.
+    prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
+    own_R, values = reward.score(images, prompts, metadata)  # values: {name: mean score}
+    R = torch.cat(gather(own_R))
+    A = prompt_advantages(history, sum(gather(prompts), ()), R, args.stat_min)
+    A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
+    clock.append(time.perf_counter())
+
+    # 3. Improve: each update on its share of the images, at all of their random steps.
+    parameters = optimizer.param_groups[0]["params"]
+    totals = defaultdict(float)
+    for update, micro_batches in enumerate(bar(updates, "train")):
+        for rows, i in itertools.product(micro_batches, range(random_steps)):
+            c = [part[rows] for part in cond]
+            x, x_next = states[rows, i], states[rows, i + 1]
+            terms = policy_terms(model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args)
+            share = len(x) / per_update / random_steps  # of the update's mean
+            (share * terms["loss"]).backward()
+            for name, term in terms.items():
+                totals[name] += share / len(updates) * term.detach()
+        if update == 0:  # totals are divided by the number of updates
+            totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
+        average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        totals["grad_norm"] += norm / len(updates)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        # As in DiffusionNFT, the first averages forget faster.
+        ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
+    clock.append(time.perf_counter())
+
+    values |= zip(totals, torch.stack(list(totals.values())).tolist())
+    for i, phase in enumerate(("rollout", "reward", "train")):
+        values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+    return R, values
+
+
 # The run
 
 
@@ -688,16 +791,13 @@ def check(args):
         raise ValueError(f"--lora {args.lora}: there is no such folder")
 
 
-def run(args, folder):
-    """Sample, score, improve (paper, sec. 4)."""
+def run(args, folder, train_epoch):
+    """What surrounds the epochs: load, resume, log, evaluate, save."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))  # the others wait while 0 evaluates
-    K = args.group_size
-    N = args.images // PROCESSES  # images per epoch of this process
-    random_steps = args.steps - args.deterministic_steps
 
     # Prompts, as pairs (prompt, metadata), and rewards that can score them
     source = args.prompts or rewards.default_source(args.reward)
@@ -732,10 +832,6 @@ def run(args, folder):
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
 
-    def adapters():
-        tensors = model.network.state_dict()
-        return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
-
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
@@ -743,7 +839,7 @@ def run(args, folder):
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-        if other := state["adapters"].keys() ^ adapters().keys():
+        if other := state["adapters"].keys() ^ adapter_state(model.network).keys():
             raise ValueError(f"{folder} has trained another model: {sorted(other)[:3]}")
         model.network.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
@@ -778,7 +874,7 @@ def run(args, folder):
                 model, noise.to(device), held_out_cond, uncond, micro_batches, 0, args
             )
         images = decode(pipe, x0)
-        R, values = reward.score(images, *zip(*held_out))  # values: {name: mean score}
+        R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
@@ -797,95 +893,28 @@ def run(args, folder):
         evaluate()
     if args.epochs == 0:
         publish()
-    per_update = N // args.updates
-    starts = range(0, N, per_update)
-    # For each update its micro-batches. Images are drawn in the same ones (see `guided`), and so
-    # not shuffled in between.
-    updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
-        clock = [time.perf_counter()]
-        # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
-        seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
-        generator = torch.Generator(device).manual_seed(seed)
-
-        # 1. Roll out.
-        stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
-        pairs = list(itertools.islice(stream, N // K))
-        cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
-        noise = torch.randn(N, *model.shape, generator=generator, device=device)
-        x0, states, log_probs = rollout(
-            model, noise, cond, uncond, sum(updates, []), random_steps, args, generator
-        )
-        images = decode(pipe, x0)
-        clock.append(time.perf_counter())
-
-        # 2. Score.
-        prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
-        own_R, values = reward.score(images, prompts, metadata)
-        shards = [(own_R, values, prompts)] * PROCESSES
-        if PROCESSES > 1:
-            dist.all_gather_object(shards, (own_R, values, prompts))
-        R = torch.cat([shard_R for shard_R, _, _ in shards])
+        R, own_values = train_epoch(
+            args, epoch, progress["step"], pipe, model, uncond, layers, optimizer, source, reward,
+            history,
+        )  # fmt: skip
         # A process may lack a number, such as that of a GenEval task of which it drew no prompt.
-        names = dict.fromkeys(name for _, v, _ in shards for name in v)
-        values = {name: fmean(v[name] for _, v, _ in shards if name in v) for name in names}
-        all_prompts = [prompt for _, _, drawn in shards for prompt in drawn]
-        A = prompt_advantages(history, all_prompts, R, args.stat_min)
-        A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
-        clock.append(time.perf_counter())
-
-        # 3. Improve: each update on its share of the images, at all of their random steps.
-        totals = defaultdict(float)
-        for update, micro_batches in enumerate(bar(updates, "train")):
-            for rows, i in itertools.product(micro_batches, range(random_steps)):
-                c = [part[rows] for part in cond]
-                x, x_next = states[rows, i], states[rows, i + 1]
-                terms = policy_terms(
-                    model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args
-                )
-                share = len(x) / per_update / random_steps  # of the update's mean
-                (share * terms["loss"]).backward()
-                for name, term in terms.items():
-                    totals[name] += share / len(updates) * term.detach()
-            if update == 0:  # totals are divided by the number of updates
-                totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
-            if PROCESSES > 1:
-                for p in parameters:
-                    if p.grad is None:  # of a layer whose output is not used
-                        p.grad = torch.zeros_like(p)
-                gradients = [p.grad for p in parameters]
-                flat = nn.utils.parameters_to_vector(gradients)
-                dist.all_reduce(flat)
-                nn.utils.vector_to_parameters(flat / PROCESSES, gradients)  # writes into p.grad
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-            totals["grad_norm"] += norm / len(updates)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress["step"] += 1
-            # As in DiffusionNFT, the first averages forget faster.
-            decay = min(args.ema, (1 + progress["step"]) / (10 + progress["step"]))
-            ema_update(layers, "ema", decay)
-        clock.append(time.perf_counter())
-
-        # 4. Log, evaluate, save.
-        progress["epoch"] += 1
-        progress["images"] += len(R)
-        progress["seconds"] += clock[-1] - clock[0]
-        means = torch.stack(list(totals.values()))
-        if PROCESSES > 1:
-            dist.all_reduce(means)
-        values |= zip(totals, (means / PROCESSES).tolist())
-        for i, phase in enumerate(("rollout", "reward", "train")):
-            values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+        shards = gather(own_values)
+        names = dict.fromkeys(name for values in shards for name in values)
+        values = {name: fmean(v[name] for v in shards if name in v) for name in names}
         if device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        progress["epoch"] += 1
+        progress["step"] += args.updates
+        progress["images"] += len(R)
+        progress["seconds"] += sum(values[name] for name in values if name.endswith("_seconds"))
         if PROCESS > 0:
             continue
         log("train", R, values)
         if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
             evaluate()
-        state = {"adapters": adapters(), "optimizer": optimizer.state_dict()}
+        state = {"adapters": adapter_state(model.network), "optimizer": optimizer.state_dict()}
         state |= {"progress": progress, "metrics": metrics, "history": history}
         torch.save(state, folder / "state.new")
         (folder / "state.new").replace(state_file)
@@ -895,14 +924,14 @@ def run(args, folder):
         dist.destroy_process_group()
 
 
-def train(args):
+def train(args, train_epoch=train_epoch):
     """Check the settings, make the folder, `run`. Returns the folder."""
     check(args)
     folder = Path(args.resume or f"runs/{args.name}")
     if PROCESS == 0 and not args.resume:
         folder.mkdir(parents=True)  # fails if another run has just made it
     try:
-        run(args, folder)
+        run(args, folder, train_epoch)
     except BaseException:
         if PROCESS == 0 and not args.resume and not (folder / "metrics.jsonl").exists():
             shutil.rmtree(folder)  # nothing has been evaluated yet: the name is free again

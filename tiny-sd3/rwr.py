@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -75,156 +74,68 @@ def regression_loss(model, x0, weights, cond, uncond, args, generator):
     return (weights * (f - target).square().flatten(1).mean(1)).mean()
 
 
-def train(args):
-    """As ddpo.run, but for what is learned from the images. Returns the run's folder."""
-    ddpo.check(args)
-    if ddpo.PROCESSES > 1 or args.wandb or args.compile:
-        raise ValueError("rwr.py has one process, no --wandb and no --compile")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = Path(args.resume or f"runs/{args.name}")
+def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, source, reward, history):
+    """Sample, score, regress: ddpo.train_epoch, but for what is learned from the images."""
+    device = pipe.vae.device
     K = args.group_size
     N = args.images
-    random_steps = args.steps - args.deterministic_steps
-
-    source = args.prompts or rewards.default_source(args.reward)
-    held_out = rewards.evaluation_prompts(source, args.eval_images, args.eval_prompts)
-    rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check_prompts(args.eval_rewards or args.reward, held_out)
-    reward = rewards.load(args.reward, device)
-    if args.eval_rewards:
-        held_out_reward = rewards.load(args.eval_rewards, device)
-
-    torch.manual_seed(args.seed)
-    pipe, model = ddpo.load_pipeline(args, device)
-    uncond = ddpo.encode(pipe, model, [""])
-    held_out_cond = ddpo.encode(pipe, model, [prompt for prompt, _ in held_out])
-    layers = ddpo.add_lora(
-        model.network, model.target_modules, args.rank, args.alpha, ddpo.ADAPTERS
-    )
-    state_file = folder / "state.pt"
-    if args.lora and not state_file.exists():
-        ddpo.load_lora(layers, pipe, args.lora, model.prefix)
-    if args.grad_checkpoint:
-        model.network.enable_gradient_checkpointing(ddpo.checkpoint)
-    parameters = [p for p in model.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-4)
-
-    def adapters():
-        tensors = model.network.state_dict()
-        return {name: tensors[name] for name in tensors if name.endswith(ddpo.ADAPTERS)}
-
-    # A new run, or one that goes on where its state was last saved
-    progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
-    metrics = []  # the lines of metrics.jsonl
-    history = {}  # prompt: its last rewards
-    if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
-        if other := state["adapters"].keys() ^ adapters().keys():
-            raise ValueError(f"{folder} has trained another model: {sorted(other)[:3]}")
-        model.network.load_state_dict(state["adapters"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = args.lr
-        progress = state["progress"]
-        metrics = state["metrics"]
-        history = state["history"]
-    if args.resume and not args.epochs:  # only evaluate: the run stays as it is
-        folder = folder / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-
-    def log(split, R, values):
-        values = {"reward": R.mean().item(), **values}
-        metrics.append({"split": split, **progress, **values})
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
-
-    def evaluate():
-        """Draw held-out prompts with `ema`, from the same x_T each time and without other noise;
-        score, save, show them."""
-        noise = torch.randn(
-            len(held_out), *model.shape, generator=torch.Generator().manual_seed(1234)
-        )
-        micro_batches = ddpo.batches(0, len(held_out), args.micro_batch)
-        with ddpo.use_adapter(layers, "ema"):
-            x0, _, _ = ddpo.rollout(
-                model, noise.to(device), held_out_cond, uncond, micro_batches, 0, args
-            )
-        images = ddpo.decode(pipe, x0)
-        R, values = reward.score(images, *zip(*held_out))  # values: {name: mean score}
-        if args.eval_rewards:
-            values |= held_out_reward.score(images, *zip(*held_out))[1]
-        log("eval", R, values)
-        out = folder / f"epoch-{progress['epoch']:04d}"
-        tensors = ddpo.adapter_tensors(layers, "ema")
-        pipe.save_lora_weights(out, **{f"{model.prefix}_lora_layers": tensors})
-        rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
-        rewards.plot_curve(folder / "curve.png", metrics)
-
-    if progress["epoch"] == 0 or args.epochs == 0:
-        evaluate()
     per_update = N // args.updates
     starts = range(0, N, per_update)
     drawn_in = sum((ddpo.batches(i, i + per_update, args.micro_batch) for i in starts), [])
-    epochs = range(progress["epoch"], args.epochs)
-    for epoch in ddpo.bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
-        clock = [time.perf_counter()]
-        seed = random.Random(f"{args.seed} {epoch} 0").getrandbits(63)
-        generator = torch.Generator(device).manual_seed(seed)
+    random_steps = args.steps - args.deterministic_steps
+    seed = random.Random(f"{args.seed} {epoch} 0").getrandbits(63)
+    generator = torch.Generator(device).manual_seed(seed)
+    clock = [time.perf_counter()]
 
-        # 1. Roll out.
-        stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
-        pairs = list(itertools.islice(stream, N // K))
-        cond = [c.repeat_interleave(K, 0) for c in ddpo.encode(pipe, model, [p for p, _ in pairs])]
-        noise = torch.randn(N, *model.shape, generator=generator, device=device)
-        x0, _, _ = ddpo.rollout(model, noise, cond, uncond, drawn_in, random_steps, args, generator)
-        images = ddpo.decode(pipe, x0)
-        clock.append(time.perf_counter())
+    # 1. Roll out.
+    stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
+    pairs = list(itertools.islice(stream, N // K))
+    cond = [c.repeat_interleave(K, 0) for c in ddpo.encode(pipe, model, [p for p, _ in pairs])]
+    noise = torch.randn(N, *model.shape, generator=generator, device=device)
+    x0, _, _ = ddpo.rollout(model, noise, cond, uncond, drawn_in, random_steps, args, generator)
+    images = ddpo.decode(pipe, x0)
+    clock.append(time.perf_counter())
 
-        # 2. Score.
-        prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
-        R, values = reward.score(images, prompts, metadata)
-        A = ddpo.prompt_advantages(history, prompts, R, args.stat_min).to(device)
-        clock.append(time.perf_counter())
+    # 2. Score.
+    prompts, metadata = zip(*[pair for pair in pairs for _ in range(K)])
+    R, values = reward.score(images, prompts, metadata)
+    A = ddpo.prompt_advantages(history, prompts, R, args.stat_min).to(device)
+    clock.append(time.perf_counter())
 
-        # 3. Regress: shuffled, each image at as many random steps as the sampler takes.
-        order = torch.randperm(N, generator=generator, device=device)
-        weights = rwr_weights(A, args.temperature)
-        if args.sparse:
-            order = best_images(A, args.keep)[order]
-            weights = torch.ones_like(A)
-        totals = defaultdict(float)
-        for update in ddpo.bar(order.split(per_update), "train"):
-            for rows, _ in itertools.product(update.split(args.micro_batch), range(args.steps)):
-                c = [part[rows] for part in cond]
-                loss = regression_loss(model, x0[rows], weights[rows], c, uncond, args, generator)
-                share = len(rows) / per_update / args.steps
-                (share * loss).backward()
-                totals["loss"] += share / args.updates * loss.detach()
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-            totals["grad_norm"] += norm / args.updates
-            optimizer.step()
-            optimizer.zero_grad()
-            progress["step"] += 1
-            decay = min(args.ema, (1 + progress["step"]) / (10 + progress["step"]))
-            ddpo.ema_update(layers, "ema", decay)
-        clock.append(time.perf_counter())
+    # 3. Regress: shuffled, each image at as many random steps as the sampler takes.
+    parameters = optimizer.param_groups[0]["params"]
+    order = torch.randperm(N, generator=generator, device=device)
+    weights = rwr_weights(A, args.temperature)
+    if args.sparse:
+        order = best_images(A, args.keep)[order]
+        weights = torch.ones_like(A)
+    totals = defaultdict(float)
+    for update in ddpo.bar(order.split(per_update), "train"):
+        for rows, _ in itertools.product(update.split(args.micro_batch), range(args.steps)):
+            c = [part[rows] for part in cond]
+            loss = regression_loss(model, x0[rows], weights[rows], c, uncond, args, generator)
+            share = len(rows) / per_update / args.steps
+            (share * loss).backward()
+            totals["loss"] += share / args.updates * loss.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        totals["grad_norm"] += norm / args.updates
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ddpo.ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
+    clock.append(time.perf_counter())
 
-        # 4. Log, evaluate, save.
-        progress["epoch"] += 1
-        progress["images"] += len(R)
-        progress["seconds"] += clock[-1] - clock[0]
-        values |= {name: total.item() for name, total in totals.items()}
-        for i, phase in enumerate(("rollout", "reward", "train")):
-            values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
-        log("train", R, values)
-        if progress["epoch"] % args.eval_every == 0 or progress["epoch"] == args.epochs:
-            evaluate()
-        state = {"adapters": adapters(), "optimizer": optimizer.state_dict()}
-        state |= {"progress": progress, "metrics": metrics, "history": history}
-        torch.save(state, folder / "state.new")
-        (folder / "state.new").replace(state_file)
-    return folder
+    values |= {name: total.item() for name, total in totals.items()}
+    for i, phase in enumerate(("rollout", "reward", "train")):
+        values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+    return R, values
+
+
+def train(args):
+    """A run of ddpo.py that regresses. Returns its folder."""
+    if ddpo.PROCESSES > 1:
+        raise ValueError("rwr.py has one process")
+    return ddpo.train(args, train_epoch)
 
 
 def parse(argv=None):
