@@ -8,7 +8,8 @@ What a reader who knows PPO would not expect:
 2. No trajectories: a finished image is noised and its velocity predicted, at a few noise levels,
    so any ODE sampler will do.
 3. No classifier-free guidance in sampling: a penalty, the anchor, teaches the policy what the
-   pretrained model does with guidance.
+   pretrained model does with guidance. It also guards against reward hacking, and so is strongest
+   where the reward is high.
 
 Why it works: max_p E_p[R] - beta KL(p || p_old) has the optimum p* = p_old exp(R / beta) / Z, so
 R = beta log(p* / p_old) + beta log Z for any image, whoever drew it. Z is intractable but depends
@@ -23,25 +24,25 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
     R                  an image's reward
     A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-5
-    s                  A / 10 + 1/2, in [0, 1]: what takes R's place in the loss
+    s                  A / 10 + 1/2, in [0, 1]: takes R's place in the loss, where the 1/2 cancels
     n                  R scaled to [0, 1] by the reward's own range: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
     mean               over an image's latents; mean_i over images, mean_K over a group
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
-          with m = mean |v - u| and m_old = mean |v_old - u|, both detached
+          with m = mean |v - u| and m_old = mean |v_old - u|, detached: no gradient through them
     L   = (5 / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2              crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-L is computed at one noise level. An optimizer step takes its mean over some of the rollout's. The
-factor 5 / beta makes step sizes comparable: while rho = 0, the first term has the gradient of
--mean_i A_i rho_i, a policy gradient's; as rho grows, the square holds it to its target.
+L is computed at one noise level. An optimizer step takes its mean over some of the rollout's. With
+the factor 5 / beta the first term's gradient is, while rho = 0, that of -mean_i A_i rho_i, for any
+beta: a policy gradient's. As rho grows, the square holds it to its target.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
-    old       follows once per epoch, slowly: if rho were always 0, nothing would hold the policy
+    old       follows once per epoch, but stays behind: rho = 0 would leave the square no hold
     sampler   draws the images; follows once per epoch, early in training more closely than `old`
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
@@ -86,8 +87,8 @@ PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 DECAY = (
-    "START VALUE SLOPE END: after an epoch, at optimizer step t, its decay is VALUE if t < START, "
-    "else min(VALUE + SLOPE (t - START), END); a decay of 0 copies the policy, of 1 changes nothing"
+    "START VALUE SLOPE END of this adapter's decay: after an epoch, at optimizer step t, VALUE if "
+    "t < START, else min(VALUE + SLOPE (t - START), END); 0 copies the policy, 1 changes nothing"
 )
 
 
@@ -197,8 +198,8 @@ def implicit_reward(v, v_old, u):
     """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
     By the ELBO, the negative denoising error is a proxy for the log-likelihood (paper, sec. 3).
-    Dividing by m = mean |v - u|, a constant, makes errors comparable across noise levels
-    (DiffusionNFT, arXiv 2509.16117).
+    Dividing by m = mean |v - u|, detached, makes errors comparable across noise levels, a heuristic
+    of DiffusionNFT (arXiv 2509.16117).
     """
 
     def weighted_error(prediction):
@@ -221,6 +222,7 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     s = s.view(-1, group_size)
 
     def loss(weights):  # (groups, K), or 1 / K for all
+        # Detached, as a baseline is. With equal weights this changes nothing: residuals sum to 0.
         mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
@@ -277,11 +279,11 @@ def sample_ode(velocity, noise, sigmas):
     gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # half of log-SNR's
     x = noise
     last_x0 = None
-    last_gap = 0.0
+    last_gap = math.inf  # as next to sigma 1: there is nothing yet to extrapolate from
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        if gap <= 2 * last_gap < math.inf:  # not in the first step, nor next to sigma 1 or 0
+        if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
         last_x0 = x0
@@ -297,8 +299,8 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: an average
-    of As and one of Bs give nearly the average of B A only if the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: to average
+    As and Bs one by one is nearly to average the product B A only while adapters are close.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -326,22 +328,22 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def add_lora(model, target_modules, rank, alpha, adapters):
-    """Freeze the model and wrap the linear layers whose names end in a target. -> {name: layer}"""
-    model.requires_grad_(False)
+def add_lora(network, target_modules, rank, alpha, adapters):
+    """Freeze a network and wrap the linear layers whose names end in a target. -> {name: layer}"""
+    network.requires_grad_(False)
     endings = tuple(f".{target}" for target in target_modules)
     layers = {}
-    for name, module in list(model.named_modules()):
+    for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and f".{name}".endswith(endings):
             layers[name] = LoRALinear(module, rank, alpha, adapters)
-            model.set_submodule(name, layers[name])
+            network.set_submodule(name, layers[name])
     return layers
 
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Call backward() outside, where `policy` is
-    active again, as checkpointed blocks (below) are recomputed with the adapter active then."""
+    """Compute with adapter `name`; None: as pretrained. For passes without gradient: backward()
+    recomputes checkpointed blocks (below) with the adapter that is active then, `policy`."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -368,9 +370,9 @@ def adapter_tensors(layers, adapter):
     return tensors
 
 
-def adapter_state(model):
-    """All adapters' tensors by the model's names, for state.pt."""
-    tensors = model.state_dict()
+def adapter_state(network):
+    """All adapters' tensors by the network's names, for state.pt."""
+    tensors = network.state_dict()
     return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
 
 
@@ -400,8 +402,9 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
-    can round differently than in sampling; its reentrant variant gives no gradient to a block whose
-    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
+    can round differently than without: equal adapters would not predict the same. Its reentrant
+    variant gives no gradient to a block whose inputs need none. Here `trigger`, a tensor that
+    requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -441,7 +444,7 @@ def checkpoint(block, *inputs):
 #   schedule   gives the pipeline's own sigmas, from 1, noise, to 0; a shift may depend on `shape`
 #   shape      of an image's latents, as the pipeline takes `latents`. If they are packed, keep the
 #              height and width on `pipe`, for `velocity` and `decode`
-# Elsewhere the network is `pipe.transformer`. This compares the section with the pipeline:
+# Elsewhere the network is `pipe.transformer`. A test compares the section with the pipeline:
 # MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
 
 TARGET_MODULES = (
@@ -491,7 +494,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers looks at a file's first tensor only: convert what it left.
+                # diffusers decides by a file's first tensor whether to convert it: do the rest.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -532,7 +535,7 @@ def encode(pipe, prompts, args):
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # The weights stay on the CPU, too, so that nothing has to be copied back.
+    # On the device, parameters get new storage: these tensors stay, and nothing is copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
@@ -620,7 +623,7 @@ def average_gradients(parameters):
 
 
 def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, source, reward):
-    """The paper's Algorithm 1, once through, after `step` optimizer steps.
+    """The paper's Algorithm 1, once through. step: the optimizer steps of earlier epochs.
 
     -> R (N,), the rewards of all processes' images; {name: number} to log, of this process.
     """
@@ -830,14 +833,14 @@ def run(args, folder):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    def publish():  # last, when the state is saved: a line that was sent cannot come again
+    def publish():  # only once the state is saved: or a resumed run would send lines twice
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:
+    if args.epochs == 0:  # else the first epoch does it
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
@@ -888,7 +891,7 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # for the preset, whose defaults the second parse has
+    flags = parser.parse_args(argv)  # a first time, to know the preset
     names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
     preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
     name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"

@@ -5,7 +5,6 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-   (p below is such a step's density, to the power of 1 / D for D latents, by point 4.)
 3. There is no critic. The baseline is the mean of a prompt's most recent rewards.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. At that scale a rounding difference between
@@ -15,7 +14,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
-    p, p_old           the policy; the policy at the start of the epoch, which drew the images
+    p, p_old           density of a step by the policy; by that at the start of the epoch, which
+                       drew the images. To the power of 1 / D for D latents, by point 4
 
     gradient  E_p   [ mean_i A grad log p(x_next | x, i, cond) ]    `sf`, score_function_loss
     or        E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
@@ -130,13 +130,13 @@ class Settings:
 
 PRESETS = {
     "sd1": dict(),
-    # As in Flow-GRPO, the last step has no noise: it would stay in the image.
+    # As in Flow-GRPO, the last step has no noise: the SDE's would be seen in the image.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The clip is wider, as log-probabilities are averages over 2,048 latents, not over the paper's
-    # 16,384. Three random steps are enough to explore, and quick to train on.
+    # The clip is wider: log-probabilities are averages over 2,048 latents (16 x 8 x 16), not over
+    # the paper's 16,384, and so change more. Three random steps are enough to explore, and quick.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -189,8 +189,8 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
 
     v, x, x_next (B, ...); sigma, sigma_next () or (B,); sigma_max () -> x_next and its log_prob.
     x = (1 - sigma) image + sigma noise, v = noise - image, and dt = sigma_next - sigma < 0. At
-    sigma = 1 the diffusion noise_level sqrt(sigma / (1 - sigma)) would be infinite: its denominator
-    is at least 1 - sigma_max, for the schedule's largest sigma below 1.
+    sigma = 1 the diffusion noise_level sqrt(sigma / (1 - sigma)) would be infinite: sigma_max, the
+    schedule's largest sigma below 1, takes sigma's place in the denominator.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
@@ -240,8 +240,8 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
 
 
 def guided(model, x, i, cond, uncond, guidance):
-    """The prediction at step i, an int or (B,): f(uncond) + guidance (f(cond) - f(uncond)), by
-    classifier-free guidance, arXiv 2207.12598.
+    """f(uncond) + guidance (f(cond) - f(uncond)), where f is the prediction at step i, an int (or,
+    in rwr.py, (B,), each image's own). Classifier-free guidance, arXiv 2207.12598.
 
     Sampling and training both come through here, with the same images in a batch, so that both
     round alike and the first update's ratio is exactly 1.
@@ -268,7 +268,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     if args.algorithm == "is":
         # Not in nats: log-probabilities are averages over latents.
         terms["approx_kl"] = change.square().mean() / 2
-        # Of ratios outside, whether or not the sign of A lets the clip take them out.
+        # Of all ratios outside 1 +- clip; PPO takes out only those that A moved there.
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
     terms["ratio_error"] = ratio_error.mean()
     return terms
@@ -316,8 +316,8 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: an average
-    of As and one of Bs give nearly the average of B A only if the adapters are near each other.
+    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: to average
+    As and Bs one by one is nearly to average the product B A only while adapters are close.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -345,22 +345,22 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def add_lora(model, target_modules, rank, alpha, adapters):
-    """Freeze the model and wrap the linear layers whose names end in a target. -> {name: layer}"""
-    model.requires_grad_(False)
+def add_lora(network, target_modules, rank, alpha, adapters):
+    """Freeze a network and wrap the linear layers whose names end in a target. -> {name: layer}"""
+    network.requires_grad_(False)
     endings = tuple(f".{target}" for target in target_modules)
     layers = {}
-    for name, module in list(model.named_modules()):
+    for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and f".{name}".endswith(endings):
             layers[name] = LoRALinear(module, rank, alpha, adapters)
-            model.set_submodule(name, layers[name])
+            network.set_submodule(name, layers[name])
     return layers
 
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. Call backward() outside, where `policy` is
-    active again, as checkpointed blocks (below) are recomputed with the adapter active then."""
+    """Compute with adapter `name`; None: as pretrained. For passes without gradient: backward()
+    recomputes checkpointed blocks (below) with the adapter that is active then, `policy`."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -387,9 +387,9 @@ def adapter_tensors(layers, adapter):
     return tensors
 
 
-def adapter_state(model):
-    """All adapters' tensors by the model's names, for state.pt."""
-    tensors = model.state_dict()
+def adapter_state(network):
+    """All adapters' tensors by the network's names, for state.pt."""
+    tensors = network.state_dict()
     return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
 
 
@@ -419,8 +419,9 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
-    can round differently than in sampling; its reentrant variant gives no gradient to a block whose
-    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
+    can round differently than without: equal adapters would not predict the same. Its reentrant
+    variant gives no gradient to a block whose inputs need none. Here `trigger`, a tensor that
+    requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -454,7 +455,7 @@ def checkpoint(block, *inputs):
 
 # The models. For another one, write another such class and add it to MODELS. In all of them `i`
 # counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
-# diffusers takes them. This compares a class with that pipeline:
+# diffusers takes them. A test compares a class with that pipeline:
 # MODEL=path python -m pytest -q -k "section and ddpo-" test_crd.py
 
 MULTIPLE = 16  # of an image's sides
@@ -499,7 +500,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers looks at a file's first tensor only: convert what it left.
+                # diffusers decides by a file's first tensor whether to convert it: do the rest.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -519,7 +520,7 @@ class StableDiffusion:
             args.model, scheduler, prediction_type=["epsilon"], thresholding=[False],
             timestep_spacing=["leading", "trailing"], rescale_betas_zero_snr=[False],
         )  # fmt: skip
-        expect(args.model, unet, time_cond_proj_dim=[None])  # guidance would count twice
+        expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
         if args.steps >= scheduler["num_train_timesteps"]:
             raise ValueError(f"--steps exceeds the model's {scheduler['num_train_timesteps']}")
 
@@ -626,7 +627,7 @@ def encode(pipe, model, prompts):
     """N prompts -> tensors (N, ...), for `predict`. Text encoders are on the device only here."""
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # The weights stay on the CPU, too, so that nothing has to be copied back.
+    # On the device, parameters get new storage: these tensors stay, and nothing is copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(pipe.vae.device)
@@ -676,8 +677,8 @@ def average_gradients(parameters):
 
 
 def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, source, reward, history):
-    """Sample, score, improve (paper, sec. 4), once through, after `step` optimizer steps. history:
-    see `prompt_advantages`.
+    """Sample, score, improve (paper, sec. 4), once through. step: the optimizer steps of earlier
+    epochs; history: see `prompt_advantages`.
 
     -> R (N,), the rewards of all processes' images; {name: number} to log, of this process.
     """
@@ -772,8 +773,11 @@ def check(args):
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
         raise ValueError("--deterministic-steps leaves no step to train on")
-    if not 2 <= args.stat_min <= HISTORY or K > HISTORY:
-        raise ValueError(f"{HISTORY} rewards are kept of a prompt: --stat-min is 2 to {HISTORY}")
+    if not 2 <= args.stat_min <= HISTORY or K > HISTORY:  # a group is part of its own baseline
+        raise ValueError(
+            f"{HISTORY} rewards are kept of a prompt: --stat-min is 2 to {HISTORY}, --group-size "
+            f"at most {HISTORY}"
+        )
     if not 0 < args.eta <= 1 or args.noise_level <= 0:
         raise ValueError("--eta is above 0, at most 1, --noise-level above 0: steps need noise")
     if args.compile and "recompile_limit" not in inspect.signature(torch.compile).parameters:
@@ -784,8 +788,9 @@ def check(args):
         for flag in ("rank", "alpha", "lora"):
             if getattr(args, flag) != saved[flag]:
                 raise ValueError(f"--{flag} of {args.resume} is {saved[flag]}, and stays so")
-        parts, saved_parts = map(rewards.parse_spec, (args.reward, saved["reward"]))
-        if args.epochs and [x[::2] for x in parts] != [x[::2] for x in saved_parts]:
+        parts = [(name, weight) for name, _, weight in rewards.parse_spec(args.reward)]
+        saved_parts = [(name, weight) for name, _, weight in rewards.parse_spec(saved["reward"])]
+        if args.epochs and parts != saved_parts:
             raise ValueError(f"--reward of {args.resume} stays: its past rewards are the baseline")
     elif args.lora and not Path(args.lora).is_dir():
         raise ValueError(f"--lora {args.lora}: there is no such folder")
@@ -884,14 +889,14 @@ def run(args, folder, train_epoch):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    def publish():  # last, when the state is saved: a line that was sent cannot come again
+    def publish():  # only once the state is saved: or a resumed run would send lines twice
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:
+    if args.epochs == 0:  # else the first epoch does it
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
@@ -925,7 +930,8 @@ def run(args, folder, train_epoch):
 
 
 def train(args, train_epoch=train_epoch):
-    """Check the settings, make the folder, `run`. Returns the folder."""
+    """Check the settings, make the folder, `run`. Returns the folder. (rwr.py has a train_epoch of
+    its own.)"""
     check(args)
     folder = Path(args.resume or f"runs/{args.name}")
     if PROCESS == 0 and not args.resume:
@@ -942,7 +948,7 @@ def train(args, train_epoch=train_epoch):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # for the preset, whose defaults the second parse has
+    flags = parser.parse_args(argv)  # a first time, to know the preset
     name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
     updates = 1 if flags.algorithm == "sf" else 4
     parser.set_defaults(**{"name": name, "updates": updates, **PRESETS[flags.preset]})
