@@ -35,14 +35,15 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
 L is computed at one noise level. An optimizer step takes its mean over some of the rollout's. With
-the factor 5 / beta the first term's gradient is, while rho = 0, that of -mean_i A_i rho_i, for any
-beta: a policy gradient's. As rho grows, the square holds it to its target.
+the factor 5 / beta the first term's gradient is, while rho = 0, that of -mean_i A_i rho_i (A_i is
+2 times 5 times A_i / 10): a policy gradient's. As rho grows, the square holds it to its target.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
-    old       follows once per epoch, but stays behind: rho = 0 would leave the square no hold
+    old       follows once per epoch, but stays behind: were it a copy, rho would be 0 again, and
+              the square would hold nothing
     sampler   draws the images; follows once per epoch, early in training more closely than `old`
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
@@ -86,7 +87,7 @@ if not hasattr(rewards, "parse_spec"):  # another module of that name comes firs
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
-DECAY = (
+DECAY_HELP = (
     "START VALUE SLOPE END of this adapter's decay: after an epoch, at optimizer step t, VALUE if "
     "t < START, else min(VALUE + SLOPE (t - START), END); 0 copies the policy, 1 changes nothing"
 )
@@ -135,8 +136,8 @@ class Settings:
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
     micro_batch: int = arg(24, "images at once, at most; whole groups")
     lr: float = arg(3e-4, "AdamW learning rate")
-    old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY)
-    sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY)
+    old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY_HELP)
+    sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY_HELP)
     ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
@@ -155,7 +156,8 @@ class Settings:
 
 
 PRESETS = {
-    # Paper, Table 3. In the end `old` and `sampler` are nearly frozen: images become off-policy.
+    # Paper, Table 3. In the end `old` and `sampler` are nearly frozen: images become off-policy,
+    # which the loss allows.
     "ocr": dict(
         reward="ocr", steps_per_epoch=2,
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
@@ -222,7 +224,7 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     s = s.view(-1, group_size)
 
     def loss(weights):  # (groups, K), or 1 / K for all
-        # Detached, as a baseline is. With equal weights this changes nothing: residuals sum to 0.
+        # Detached, as in the paper. With equal weights its gradient is 0: residuals sum to 0.
         mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
@@ -271,15 +273,15 @@ def sample_ode(velocity, noise, sigmas):
     velocity: a function of x (B, ...) and sigma (); noise (B, ...); sigmas (S + 1,), descending to
     0. A step from sigma to t is x_t = D + t / sigma (x - D). Euler's method has D = x0, the image
     predicted from x. Here D is extrapolated from the last two such x0, in log-SNR. D is x0 itself
-    next to sigma 1 and 0, where log-SNR is infinite, and in a step more than twice as long as the
-    one before, where extrapolating would overshoot.
+    in the last step and, from sigma 1, in the first two, as log-SNR is infinite at both ends; and
+    in a step more than twice as long as the one before, where extrapolating would overshoot.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
     gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # half of log-SNR's
     x = noise
     last_x0 = None
-    last_gap = math.inf  # as next to sigma 1: there is nothing yet to extrapolate from
+    last_gap = math.inf  # infinite, too, if the last step came from sigma 1
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
@@ -299,15 +301,14 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: to average
-    As and Bs one by one is nearly to average the product B A only while adapters are close.
+    B is zero-initialized. `policy` is trained; the other adapters start as copies of it.
     """
 
     def __init__(self, base, rank, alpha, adapters):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.active = "policy"  # None: as pretrained
+        self.active = "policy"  # None: as pretrained, for an anchor
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
@@ -321,8 +322,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.lora_A[self.active].to(x.dtype)
         B = self.lora_B[self.active].to(x.dtype)
-        # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd and round
-        # differently, so that equal adapters would not predict exactly the same.
+        # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd. A difference in
+        # rounding would count as a change of the policy.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -355,7 +356,8 @@ def use_adapter(layers, name):
 
 @torch.no_grad()
 def ema_update(layers, name, decay):
-    """adapter = decay * adapter + (1 - decay) * policy, for A and for B."""
+    """adapter = decay * adapter + (1 - decay) * policy, for A and for B: nearly so for the product
+    B A while the two are close, as they are if they started as copies."""
     for layer in layers.values():
         layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
         layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
@@ -379,6 +381,7 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline, transformer or unet."""
+    # Some pipelines return alphas in between.
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
@@ -390,7 +393,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # In our files the scale is folded into B. Our layers multiply by theirs: divide it out.
+        # Multiply by the file's scale, 1 in ours, where B contains it; divide by the layer's.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -402,9 +405,9 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
-    can round differently than without: equal adapters would not predict the same. Its reentrant
-    variant gives no gradient to a block whose inputs need none. Here `trigger`, a tensor that
-    requires a gradient, makes autograd call back.
+    can round differently than without, as if the policy had changed. Its reentrant variant gives
+    no gradient to a block whose inputs need none. Here `trigger`, a tensor that requires a
+    gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -437,14 +440,15 @@ def checkpoint(block, *inputs):
 
 
 # Stable Diffusion 3: what to rewrite for another flow model. The contract:
-#   encode     gives a list of tensors, N in front. Their other sizes are the same in every call:
-#              pad to --max-sequence-length, and give a mask even if it is all ones
-#   velocity   is noise - x0, in float32, guided as the pipeline does it. A guidance embedding has
-#              the pipeline's default; --anchor-guidance is classifier-free, on top of it
-#   schedule   gives the pipeline's own sigmas, from 1, noise, to 0; a shift may depend on `shape`
-#   shape      of an image's latents, as the pipeline takes `latents`. If they are packed, keep the
-#              height and width on `pipe`, for `velocity` and `decode`
-# Elsewhere the network is `pipe.transformer`. A test compares the section with the pipeline:
+#   load_pipeline   gives the pipeline and the shape of an image's latents, as the pipeline takes
+#                   them. If they are packed, keep height and width on `pipe`, for `decode`. Outside
+#                   of this section the network is `pipe.transformer`
+#   schedule        gives the pipeline's own sigmas, from 1, noise, to 0
+#   encode          gives tensors, N in front, whose other sizes are the same in every call: pad to
+#                   --max-sequence-length, and give a mask even if it is all ones
+#   velocity        is noise - x0, in float32, guided as the pipeline does it. A guidance embedding
+#                   has the pipeline's default; --anchor-guidance is classifier-free, on top of it
+# A test compares the section with the pipeline:
 # MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
 
 TARGET_MODULES = (
@@ -485,8 +489,9 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # low_cpu_mem_usage=True rounds buffers such as positions to bf16 where accelerate is
-            # installed. But diffusers demands it for a class with parts to keep in float32.
+            # low_cpu_mem_usage: False, as True rounds buffers such as positions to bf16 where
+            # accelerate is installed; True only for classes with parts to keep in float32, of which
+            # diffusers demands it.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -494,7 +499,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers decides by a file's first tensor whether to convert it: do the rest.
+                # diffusers converts a file only if its first tensor needs it: convert the others.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -535,7 +540,7 @@ def encode(pipe, prompts, args):
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # On the device, parameters get new storage: these tensors stay, and nothing is copied back.
+    # `to` gives parameters new storage: these stay the CPU's tensors, and nothing is copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
@@ -637,7 +642,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     clock = [time.perf_counter()]
 
     # 1. Roll out: K images of each prompt with `sampler`, without guidance.
-    stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
+    stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
     noise = torch.randn(N, *shape, generator=generator, device=device)
@@ -758,7 +763,7 @@ def run(args, folder):
     source = args.prompts or rewards.default_source(args.reward)
     held_out = rewards.evaluation_prompts(source, args.eval_images, args.eval_prompts)
     if args.epochs:  # raises if the held-out prompts leave none to train on
-        next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
+        next(rewards.prompts(source, "train", args.seed, exclude=args.eval_prompts))
     rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
     rewards.check_prompts(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
@@ -833,14 +838,14 @@ def run(args, folder):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    def publish():  # only once the state is saved: or a resumed run would send lines twice
+    def publish():  # after the state is saved: until then, lines are logged again on resuming
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else the first epoch does it
+    if args.epochs == 0:  # else the evaluation above is sent with the first epoch
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
@@ -891,16 +896,17 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # a first time, to know the preset
-    names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
-    preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
-    name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"
-    parser.set_defaults(**{"preset": preset, "name": name, **PRESETS[preset]})
+    flags = parser.parse_args(argv)  # a first time, to know which defaults to set
     if flags.resume:
-        saved = json.loads(Path(flags.resume, "args.json").read_text())
-        if saved.keys() != asdict(Settings()).keys():
+        defaults = json.loads(Path(flags.resume, "args.json").read_text())
+        if defaults.keys() != asdict(Settings()).keys():
             raise ValueError(f"{flags.resume} holds no run of crd.py")
-        parser.set_defaults(**saved)
+    else:
+        names = [name for name, _, _ in rewards.parse_spec(flags.reward)]
+        preset = flags.preset or ("ocr" if "ocr" in names else "geneval")
+        name = f"crd-{flags.preset or '-'.join(names)}-seed{flags.seed}"
+        defaults = {"preset": preset, "name": name, **PRESETS[preset]}
+    parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 

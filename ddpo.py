@@ -14,8 +14,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
-    p, p_old           density of a step by the policy; by that at the start of the epoch, which
-                       drew the images. To the power of 1 / D for D latents, by point 4
+    p, p_old           a step's density under the policy; under that of the start of the epoch,
+                       which drew the images. Both to the power of 1 / D for D latents, by point 4
 
     gradient  E_p   [ mean_i A grad log p(x_next | x, i, cond) ]    `sf`, score_function_loss
     or        E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
@@ -23,9 +23,9 @@ sampler as a policy. What a reader who knows PPO would not expect:
 mean_i is over an image's random steps. If the last steps are deterministic, they are not actions
 but part of the environment. At p = p_old both gradients are the same. With `--algorithm sf` there
 is one update, then new images. `--algorithm is` splits an epoch's images over several updates. From
-the second on, the policy is no longer the one that drew them: the ratio corrects for that, and
-PPO's clip takes out steps whose ratio is already above 1 + clip with A > 0, or below 1 - clip with
-A < 0.
+the second on, the policy is no longer the one that drew them: the ratio corrects for that (in
+part, being a power), and PPO's clip takes out steps whose ratio is already above 1 + clip with
+A > 0, or below 1 - clip with A < 0.
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
 rewards into advantages (prompt_advantages), and updates the policy on every random step of every
@@ -130,7 +130,8 @@ class Settings:
 
 PRESETS = {
     "sd1": dict(),
-    # As in Flow-GRPO, the last step has no noise: the SDE's would be seen in the image.
+    # As in Flow-GRPO, the last step has no noise, which would stay visible in the image. The clip,
+    # sd1's, is not tuned for 65,536 latents.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
@@ -175,7 +176,7 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     the last step, t_next < 0, alpha_next is alphas_cumprod[0]: if it were 1, std would be 0.
     """
     shape = (-1, *[1] * (x.ndim - 1))
-    # view(-1): to index with a tensor without dimensions, the CPU would wait for the GPU.
+    # view(-1), as indexing with a tensor without dimensions makes the CPU wait for the GPU.
     alpha = alphas_cumprod[t.view(-1)].view(shape)
     alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
@@ -196,8 +197,8 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
     dt = sigma_next - sigma
     diffusion = noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
-    drift = diffusion**2 / (2 * sigma)
-    mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
+    correction = diffusion**2 / (2 * sigma)  # of the ODE's drift v, by the score
+    mean = x * (1 + correction * dt) + v * (1 + correction * (1 - sigma)) * dt
     return gaussian_step(mean, diffusion * (-dt).sqrt(), x_next, generator)
 
 
@@ -208,7 +209,7 @@ def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0)
     first appended to history, {prompt: list of float}, in place. A prompt with fewer than `minimum`
     rewards uses the mean and std of R.
     """
-    R = R.double()  # rounding errors of float32, divided by 1e-6, would be advantages
+    R = R.double()  # where all rewards are equal, float32's rounding errors would be advantages
     for prompt, reward in zip(prompts, R.tolist()):
         history[prompt] = (history.get(prompt, []) + [reward])[-buffer:]
     A = torch.empty_like(R)
@@ -268,7 +269,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     if args.algorithm == "is":
         # Not in nats: log-probabilities are averages over latents.
         terms["approx_kl"] = change.square().mean() / 2
-        # Of all ratios outside 1 +- clip; PPO takes out only those that A moved there.
+        # The share of ratios outside 1 +- clip; the loss drops those on the side A pushes to.
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
     terms["ratio_error"] = ratio_error.mean()
     return terms
@@ -286,8 +287,8 @@ def batches(start, stop, size):
 def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, generator=None):
     """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
 
-    Returns x0 (N, ...); of the first `random_steps`, which have noise, the states from x_T on
-    (N, random_steps + 1, ...) and log_probs (N, random_steps). The other steps are part of the
+    -> x0 (N, ...); states (N, random_steps + 1, ...), x_T and the result of each random step;
+    log_probs (N, random_steps). The steps after the first `random_steps` are part of the
     environment, like the decoder: their std is 0, and their log-probability, NaN, is dropped.
     """
     x0 = torch.empty_like(noise)
@@ -316,15 +317,14 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained. The other adapters start as copies of it: to average
-    As and Bs one by one is nearly to average the product B A only while adapters are close.
+    B is zero-initialized. `policy` is trained; the other adapters start as copies of it.
     """
 
     def __init__(self, base, rank, alpha, adapters):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.active = "policy"  # None: as pretrained
+        self.active = "policy"  # None: as pretrained, for an anchor
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
@@ -338,8 +338,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         A = self.lora_A[self.active].to(x.dtype)
         B = self.lora_B[self.active].to(x.dtype)
-        # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd and round
-        # differently, so that equal adapters would not predict exactly the same.
+        # Flattened to 2-D: a 3-D matmul can pick another kernel under autograd. A difference in
+        # rounding would count as a change of the policy.
         rows = x.flatten(0, -2)
         y = self.base(rows) + rows @ A.T @ (self.scale * B).T
         return y.view(*x.shape[:-1], -1)
@@ -372,7 +372,8 @@ def use_adapter(layers, name):
 
 @torch.no_grad()
 def ema_update(layers, name, decay):
-    """adapter = decay * adapter + (1 - decay) * policy, for A and for B."""
+    """adapter = decay * adapter + (1 - decay) * policy, for A and for B: nearly so for the product
+    B A while the two are close, as they are if they started as copies."""
     for layer in layers.values():
         layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
         layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
@@ -396,6 +397,7 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline, transformer or unet."""
+    # Some pipelines return alphas in between.
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
@@ -407,7 +409,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # In our files the scale is folded into B. Our layers multiply by theirs: divide it out.
+        # Multiply by the file's scale, 1 in ours, where B contains it; divide by the layer's.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -419,9 +421,9 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
-    can round differently than without: equal adapters would not predict the same. Its reentrant
-    variant gives no gradient to a block whose inputs need none. Here `trigger`, a tensor that
-    requires a gradient, makes autograd call back.
+    can round differently than without, as if the policy had changed. Its reentrant variant gives
+    no gradient to a block whose inputs need none. Here `trigger`, a tensor that requires a
+    gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -491,8 +493,9 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # low_cpu_mem_usage=True rounds buffers such as positions to bf16 where accelerate is
-            # installed. But diffusers demands it for a class with parts to keep in float32.
+            # low_cpu_mem_usage: False, as True rounds buffers such as positions to bf16 where
+            # accelerate is installed; True only for classes with parts to keep in float32, of which
+            # diffusers demands it.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -500,7 +503,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers decides by a file's first tensor whether to convert it: do the rest.
+                # diffusers converts a file only if its first tensor needs it: convert the others.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -627,7 +630,7 @@ def encode(pipe, model, prompts):
     """N prompts -> tensors (N, ...), for `predict`. Text encoders are on the device only here."""
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # On the device, parameters get new storage: these tensors stay, and nothing is copied back.
+    # `to` gives parameters new storage: these stay the CPU's tensors, and nothing is copied back.
     cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(pipe.vae.device)
@@ -697,7 +700,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     clock = [time.perf_counter()]
 
     # 1. Roll out.
-    stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
+    stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
@@ -808,7 +811,7 @@ def run(args, folder, train_epoch):
     source = args.prompts or rewards.default_source(args.reward)
     held_out = rewards.evaluation_prompts(source, args.eval_images, args.eval_prompts)
     if args.epochs:  # raises if the held-out prompts leave none to train on
-        next(rewards.prompts(source, "train", args.seed, eval_file=args.eval_prompts))
+        next(rewards.prompts(source, "train", args.seed, exclude=args.eval_prompts))
     rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
     rewards.check_prompts(args.eval_rewards or args.reward, held_out)
     reward = rewards.load(args.reward, device)
@@ -889,14 +892,14 @@ def run(args, folder, train_epoch):
         rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(folder / "curve.png", metrics)
 
-    def publish():  # only once the state is saved: or a resumed run would send lines twice
+    def publish():  # after the state is saved: until then, lines are logged again on resuming
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else the first epoch does it
+    if args.epochs == 0:  # else the evaluation above is sent with the first epoch
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
@@ -948,15 +951,16 @@ def train(args, train_epoch=train_epoch):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # a first time, to know the preset
-    name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
-    updates = 1 if flags.algorithm == "sf" else 4
-    parser.set_defaults(**{"name": name, "updates": updates, **PRESETS[flags.preset]})
+    flags = parser.parse_args(argv)  # a first time, to know which defaults to set
     if flags.resume:
-        saved = json.loads(Path(flags.resume, "args.json").read_text())
-        if saved.keys() != asdict(Settings()).keys():
+        defaults = json.loads(Path(flags.resume, "args.json").read_text())
+        if defaults.keys() != asdict(Settings()).keys():
             raise ValueError(f"{flags.resume} holds no run of ddpo.py")
-        parser.set_defaults(**saved)
+    else:
+        name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
+        updates = 1 if flags.algorithm == "sf" else 4
+        defaults = {"name": name, "updates": updates, **PRESETS[flags.preset]}
+    parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 

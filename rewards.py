@@ -1166,23 +1166,23 @@ def subjects(prompt, metadata):
     return texts
 
 
-def prompts(source, split, seed=0, eval_file=None):
+def prompts(source, split, seed=0, exclude=None):
     """Pairs (prompt, metadata) of a source: one of `GENERATORS`, or a .txt or .jsonl file. "train":
     without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
     None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
-    on, nor the same objects in another order. With an `eval_file`, no prompt of that file is, and
-    of another file all that are not in it."""
+    on, nor the same objects in another order. With `exclude`, a file, none of its prompts is, and
+    all others of a file are."""
     if split == "train":
-        return endless(source, split, random.Random(seed), eval_file)
+        return endless(source, split, random.Random(seed), exclude)
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
     pairs = itertools.islice(endless(source, split, random.Random(0)), 2048)
     return list(dict(pairs).items())[:512]
 
 
-def endless(source, split, rng, eval_file=None):
+def endless(source, split, rng, exclude=None):
     excluded = set()
-    if eval_file:
-        excluded.update(*(subjects(*pair) for pair in read_prompts(eval_file)))
+    if exclude:
+        excluded.update(*(subjects(*pair) for pair in read_prompts(exclude)))
     if source in GENERATORS:
         tag = None
         rejected = 0  # in a row
@@ -1197,15 +1197,15 @@ def endless(source, split, rng, eval_file=None):
             else:
                 rejected += 1
                 if rejected == 10_000:
-                    raise ValueError(f"nothing of {source} is left to train on: see {eval_file}")
+                    raise ValueError(f"nothing of {source} is left to train on: see {exclude}")
     pairs = []
     for pair in read_prompts(source):
         names = subjects(*pair)
-        is_held_out = not excluded.isdisjoint(names) if eval_file else held_out(names[-1])
+        is_held_out = not excluded.isdisjoint(names) if exclude else held_out(names[-1])
         if is_held_out == (split == "eval"):
             pairs.append(pair)
     if not pairs:
-        kept = f"all of {eval_file}" if eval_file else "one in eight"
+        kept = f"all of {exclude}" if exclude else "one in eight"
         raise ValueError(f"{source} has no prompt for {split}: {kept} is for evaluation")
     while True:
         yield from rng.sample(pairs, len(pairs))

@@ -2512,10 +2512,10 @@ def test_nothing_in_an_evaluation_file_is_trained_on(tmp_path):
     held_out.write_text("\n".join(HELD_OUT))
     lines = [x if x[0] == "{" else json.dumps({"prompt": x}) for x in SAME + OTHER]
     train.write_text("\n".join(lines))
-    stream = rewards.prompts(str(train), "train", eval_file=str(held_out))
+    stream = rewards.prompts(str(train), "train", exclude=str(held_out))
     rest = {json.loads(line)["prompt"] for line in lines[len(SAME) :]}
     assert {prompt for prompt, _ in itertools.islice(stream, 40)} == rest
-    stream = rewards.prompts(str(held_out), "train", eval_file=str(held_out))
+    stream = rewards.prompts(str(held_out), "train", exclude=str(held_out))
     with pytest.raises(ValueError, match="held-out.jsonl has no prompt for train: all of"):
         next(stream)
 
@@ -2539,7 +2539,7 @@ def test_generators_leave_out_an_evaluation_file_and_keep_their_mixture(tmp_path
     for name, count in itertools.product(rewards.CLASSES[::2], (2, 3, 4)):
         lines.append(geneval_line(f"{count} of {name}", "counting", want(name, count)))
     path.write_text("\n".join(lines))
-    stream = rewards.prompts("geneval", "train", eval_file=str(path))
+    stream = rewards.prompts("geneval", "train", exclude=str(path))
     entries = [entry for _, entry in itertools.islice(stream, 4000)]
     counted = [x["include"][0]["class"] for x in entries if x["tag"] == "counting"]
     assert set(counted) <= set(rewards.CLASSES[1::2])
@@ -2547,7 +2547,7 @@ def test_generators_leave_out_an_evaluation_file_and_keep_their_mixture(tmp_path
     animals = tmp_path / "animals.txt"
     animals.write_text("\n".join(rewards.phrase(animal) for animal in rewards.ANIMALS))
     with pytest.raises(ValueError, match="nothing of animals is left to train on: see .*txt"):
-        next(rewards.prompts("animals", "train", eval_file=str(animals)))
+        next(rewards.prompts("animals", "train", exclude=str(animals)))
 
 
 def test_fields_of_a_prompt_file_are_metadata(tmp_path):

@@ -88,7 +88,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     clock = [time.perf_counter()]
 
     # 1. Roll out.
-    stream = rewards.prompts(source, "train", seed, eval_file=args.eval_prompts)
+    stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in ddpo.encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
