@@ -540,16 +540,14 @@ def encode(pipe, prompts, args):
     device = pipe.vae.device
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # `to` gives parameters new storage: these stay the CPU's tensors, and nothing is copied back.
-    cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(device)
     embeds, _, pooled, _ = pipe.encode_prompt(
         prompts, None, None, device, do_classifier_free_guidance=False,
         max_sequence_length=args.max_sequence_length,
     )  # fmt: skip
-    for encoder, weights in zip(encoders, cpu_weights):
-        encoder.load_state_dict(weights, assign=True)
+    for encoder in encoders:
+        encoder.to("cpu")
     return [embeds, pooled]
 
 

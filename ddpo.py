@@ -630,13 +630,11 @@ def encode(pipe, model, prompts):
     """N prompts -> tensors (N, ...), for `predict`. Text encoders are on the device only here."""
     encoders = [pipe.components[name] for name in pipe.components if "text_encoder" in name]
     encoders = [encoder for encoder in encoders if encoder is not None]
-    # `to` gives parameters new storage: these stay the CPU's tensors, and nothing is copied back.
-    cpu_weights = [encoder.state_dict() for encoder in encoders]
     for encoder in encoders:
         encoder.to(pipe.vae.device)
     cond = model.encode(pipe, prompts)
-    for encoder, weights in zip(encoders, cpu_weights):
-        encoder.load_state_dict(weights, assign=True)
+    for encoder in encoders:
+        encoder.to("cpu")
     return cond
 
 
