@@ -30,13 +30,15 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     mean               over an image's latents; mean_i over images, mean_K over a group
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
-          with m = mean |v - u| and m_old = mean |v_old - u|, detached: no gradient through them
+          with m = mean |v - u| and m_old = mean |v_old - u|, detached, a heuristic that makes
+          errors comparable across noise levels
     L   = (5 / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2              crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-L is computed at one noise level. An optimizer step takes its mean over some of the rollout's. With
-the factor 5 / beta the first term's gradient is, while rho = 0, that of -mean_i A_i rho_i (A_i is
-2 times 5 times A_i / 10): a policy gradient's. As rho grows, the square holds it to its target.
+L is computed at one noise level; an optimizer step averages it over some of those that sampling
+passes through. While rho = 0, the first term has the gradient of -mean_i A_i rho_i, a policy
+gradient's: 2 from the square, 5 in front, A / 10 = s - mean_K s, and beta cancels. As rho grows,
+the square holds it to its target.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
@@ -87,6 +89,7 @@ if not hasattr(rewards, "parse_spec"):  # another module of that name comes firs
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
+SCENES = f"{TINY}/scenes"
 DECAY_HELP = (
     "START VALUE SLOPE END of this adapter's decay: after an epoch, at optimizer step t, VALUE if "
     "t < START, else min(VALUE + SLOPE (t - START), END); 0 copies the policy, 1 changes nothing"
@@ -104,7 +107,7 @@ class Settings:
     """Everything a run depends on. A preset changes some defaults; flags override them all."""
 
     # model
-    preset: Literal["ocr", "geneval", "tiny"] | None = arg(
+    preset: Literal["ocr", "geneval", "tiny", "scenes"] | None = arg(
         None, "which defaults to change; if not given, ocr for --reward ocr, geneval for any other"
     )
     model: str = arg("stabilityai/stable-diffusion-3.5-medium", "folder or repo")
@@ -156,8 +159,8 @@ class Settings:
 
 
 PRESETS = {
-    # Paper, Table 3. In the end `old` and `sampler` are nearly frozen: images become off-policy,
-    # which the loss allows.
+    # Paper, Table 3. `sampler` is a copy of the policy up to step 75. In the end it and `old` are
+    # nearly frozen: images become off-policy, which the loss allows.
     "ocr": dict(
         reward="ocr", steps_per_epoch=2,
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
@@ -172,6 +175,11 @@ PRESETS = {
         eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color",
     ),
 }  # fmt: skip
+PRESETS["scenes"] = PRESETS["tiny"] | dict(
+    model=SCENES, reward=f"geneval@{SCENES}", prompts=f"{SCENES}/prompts.jsonl",
+    eval_prompts=f"{SCENES}/eval.jsonl", eval_rewards=f"geneval@{SCENES}/judge",
+    anchor=1.0, epochs=16, eval_every=4,
+)  # fmt: skip
 
 
 # The mathematics. Latents have any shape (B, ...); the K images of a group are consecutive.
@@ -214,7 +222,8 @@ def implicit_reward(v, v_old, u):
 
 
 def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
-    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,).
+    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,). clip: the
+    one of reward_targets, which is the scale of s.
 
     If tau is finite, mean_K has weights. With softmax(s / tau) images are compared with the best of
     their group, with softmax(-s / tau) with the worst; the loss is the mean of both. Z cancels
@@ -224,7 +233,7 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     s = s.view(-1, group_size)
 
     def loss(weights):  # (groups, K), or 1 / K for all
-        # Detached, as in the paper. With equal weights its gradient is 0: residuals sum to 0.
+        # Detached, as in the paper. With equal weights that changes nothing: residuals sum to 0.
         mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
@@ -272,19 +281,19 @@ def sample_ode(velocity, noise, sigmas):
 
     velocity: a function of x (B, ...) and sigma (); noise (B, ...); sigmas (S + 1,), descending to
     0. A step from sigma to t is x_t = D + t / sigma (x - D). Euler's method has D = x0, the image
-    predicted from x. Here D is extrapolated from the last two such x0, in log-SNR. D is x0 itself
-    in the last step and, from sigma 1, in the first two, as log-SNR is infinite at both ends; and
-    in a step more than twice as long as the one before, where extrapolating would overshoot.
+    predicted from x. Here D is extrapolated from the last two such x0, in log-SNR.
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
     gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # half of log-SNR's
     x = noise
     last_x0 = None
-    last_gap = math.inf  # infinite, too, if the last step came from sigma 1
+    last_gap = math.inf
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
+        # Not in the first step, nor where a gap is infinite, next to sigma 1 or 0, nor where it is
+        # more than twice the last one: extrapolating would overshoot.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
@@ -308,7 +317,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.active = "policy"  # None: as pretrained, for an anchor
+        self.active = "policy"  # None: as pretrained (crd.py's anchor)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
@@ -343,8 +352,8 @@ def add_lora(network, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. For passes without gradient: backward()
-    recomputes checkpointed blocks (below) with the adapter that is active then, `policy`."""
+    """Compute with adapter `name`; None: as pretrained. Only under no_grad: backward() would
+    recompute checkpointed blocks (below) with `policy`."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -373,7 +382,7 @@ def adapter_tensors(layers, adapter):
 
 
 def adapter_state(network):
-    """All adapters' tensors by the network's names, for state.pt."""
+    """All adapters' tensors by the network's names, such as x.lora_A.policy, for state.pt."""
     tensors = network.state_dict()
     return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
 
@@ -393,7 +402,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # Multiply by the file's scale, 1 in ours, where B contains it; divide by the layer's.
+        # The file's scale is 1 in ours, whose B contains it. The layer's is divided out.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -404,10 +413,10 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
-    can round differently than without, as if the policy had changed. Its reentrant variant gives
-    no gradient to a block whose inputs need none. Here `trigger`, a tensor that requires a
-    gradient, makes autograd call back.
+    Why not torch.utils.checkpoint? Its non-reentrant variant runs the forward pass with gradients
+    enabled, where kernels can round differently than without, as if the policy had changed. The
+    reentrant one gives no gradient to a block whose inputs need none. Here `trigger`, a tensor
+    that requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -489,9 +498,9 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # low_cpu_mem_usage: False, as True rounds buffers such as positions to bf16 where
-            # accelerate is installed; True only for classes with parts to keep in float32, of which
-            # diffusers demands it.
+            # low_cpu_mem_usage=True rounds buffers such as positions to bf16, where accelerate is
+            # installed. So it is off, except for classes of which diffusers demands it: those with
+            # parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -628,7 +637,7 @@ def average_gradients(parameters):
 def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, source, reward):
     """The paper's Algorithm 1, once through. step: the optimizer steps of earlier epochs.
 
-    -> R (N,), the rewards of all processes' images; {name: number} to log, of this process.
+    -> R of all processes' images (PROCESSES * N,); {name: number} to log, of this process.
     """
     device = pipe.vae.device
     K = args.group_size
@@ -639,7 +648,8 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out: K images of each prompt with `sampler`, without guidance.
+    # 1. Roll out: K images of each prompt with `sampler`, without guidance. Held-out prompts are in
+    # no "train" stream.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
@@ -773,7 +783,7 @@ def run(args, folder):
         wandb.init(project=args.wandb, id=folder.name, config=asdict(args), resume="allow")
 
     # The model, its adapters, and the optimizer of `policy`
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # all processes start from the same LoRA
     pipe, shape = load_pipeline(args, device)
     uncond = encode(pipe, [""], args)
     held_out_cond = encode(pipe, [prompt for prompt, _ in held_out], args)
@@ -793,7 +803,7 @@ def run(args, folder):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    unsent = []  # those that Weights & Biases has not heard of
+    unsent = []  # those that Weights & Biases has not heard of: it hears of what is saved
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         if other := state["adapters"].keys() ^ adapter_state(pipe.transformer).keys():
@@ -803,18 +813,19 @@ def run(args, folder):
         optimizer.param_groups[0]["lr"] = args.lr
         progress = state["progress"]
         metrics = state["metrics"]
+    out = folder
     if args.resume and not args.epochs:  # only evaluate: the run stays as it is
-        folder = folder / "evaluation"
+        out = folder / "evaluation"
     if PROCESS == 0:
-        folder.mkdir(exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        print(f"{folder}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
+        out.mkdir(exist_ok=True)
+        (out / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        print(f"{out}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
 
     def log(split, R, values):
         values = {"reward": R.mean().item(), **values}
         metrics.append({"split": split, **progress, **values})
         unsent.append(metrics[-1])
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+        (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
@@ -831,12 +842,12 @@ def run(args, folder):
         if args.eval_rewards:
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
-        out = folder / f"epoch-{progress['epoch']:04d}"
-        pipe.save_lora_weights(out, transformer_lora_layers=adapter_tensors(layers, "ema"))
-        rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
-        rewards.plot_curve(folder / "curve.png", metrics)
+        epoch_folder = out / f"epoch-{progress['epoch']:04d}"
+        pipe.save_lora_weights(epoch_folder, transformer_lora_layers=adapter_tensors(layers, "ema"))
+        rewards.contact_sheet(epoch_folder / "images.png", images, R.tolist(), held_out)
+        rewards.plot_curve(out / "curve.png", metrics)
 
-    def publish():  # after the state is saved: until then, lines are logged again on resuming
+    def publish():  # a resumed run repeats what was not saved, and would send it twice
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})

@@ -14,18 +14,19 @@ sampler as a policy. What a reader who knows PPO would not expect:
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
-    p, p_old           a step's density under the policy; under that of the start of the epoch,
-                       which drew the images. Both to the power of 1 / D for D latents, by point 4
+    p, p_old           density of a step under the policy; under that of the start of the epoch,
+                       which drew the images
+    ratio              (p / p_old)^(1 / D) for D latents, by point 4
 
-    gradient  E_p   [ mean_i A grad log p(x_next | x, i, cond) ]    `sf`, score_function_loss
-    or        E_old [ mean_i A grad ratio ],  ratio = p / p_old     `is`, importance_sampling_loss
+    gradient  mean A grad log p(x_next | x, i, cond) / D     `sf`, score_function_loss
+    or        mean A grad ratio                              `is`, importance_sampling_loss
 
-mean_i is over an image's random steps. If the last steps are deterministic, they are not actions
-but part of the environment. At p = p_old both gradients are the same. With `--algorithm sf` there
-is one update, then new images. `--algorithm is` splits an epoch's images over several updates. From
-the second on, the policy is no longer the one that drew them: the ratio corrects for that (in
-part, being a power), and PPO's clip takes out steps whose ratio is already above 1 + clip with
-A > 0, or below 1 - clip with A < 0.
+The mean is over images and their random steps. If the last steps are deterministic, they are not
+actions but part of the environment. At p = p_old both gradients are the same. With `--algorithm sf`
+there is one update, then new images. `--algorithm is` splits an epoch's images over several
+updates. From the second on, the policy is no longer the one that drew them: the ratio corrects for
+that (in part: a D-th root is nearer to 1 than the true weight), and PPO's clip takes out steps
+whose ratio is already above 1 + clip with A > 0, or below 1 - clip with A < 0.
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
 rewards into advantages (prompt_advantages), and updates the policy on every random step of every
@@ -70,6 +71,7 @@ if not hasattr(rewards, "parse_spec"):  # another module of that name comes firs
 PROCESS = int(os.environ.get("RANK", 0))  # set by torchrun
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
+SCENES = f"{TINY}/scenes"
 
 
 def arg(default, help):
@@ -81,7 +83,7 @@ class Settings:
     """Everything a run depends on. A preset changes some defaults; flags override them all."""
 
     # model
-    preset: Literal["sd1", "sd3", "tiny"] = arg("sd1", "which defaults to change")
+    preset: Literal["sd1", "sd3", "tiny", "scenes"] = arg("sd1", "which defaults to change")
     model: str = arg("CompVis/stable-diffusion-v1-4", "folder or repo")
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
     height: int = arg(512, "in pixels")
@@ -146,6 +148,10 @@ PRESETS = {
         eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color",
     ),
 }  # fmt: skip
+PRESETS["scenes"] = PRESETS["tiny"] | dict(
+    model=SCENES, reward=f"geneval@{SCENES}", prompts=f"{SCENES}/prompts.jsonl",
+    eval_prompts=f"{SCENES}/eval.jsonl", eval_rewards=f"geneval@{SCENES}/judge",
+)  # fmt: skip
 
 
 # The mathematics. Latents have any shape (B, ...).
@@ -197,7 +203,8 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
     dt = sigma_next - sigma
     diffusion = noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
-    correction = diffusion**2 / (2 * sigma)  # of the ODE's drift v, by the score
+    # x + (v + correction (x + (1 - sigma) v)) dt, where x + (1 - sigma) v = -sigma score
+    correction = diffusion**2 / (2 * sigma)
     mean = x * (1 + correction * dt) + v * (1 + correction * (1 - sigma)) * dt
     return gaussian_step(mean, diffusion * (-dt).sqrt(), x_next, generator)
 
@@ -324,7 +331,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.active = "policy"  # None: as pretrained, for an anchor
+        self.active = "policy"  # None: as pretrained (crd.py's anchor)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
@@ -359,8 +366,8 @@ def add_lora(network, target_modules, rank, alpha, adapters):
 
 @contextlib.contextmanager
 def use_adapter(layers, name):
-    """Compute with adapter `name`; None: as pretrained. For passes without gradient: backward()
-    recomputes checkpointed blocks (below) with the adapter that is active then, `policy`."""
+    """Compute with adapter `name`; None: as pretrained. Only under no_grad: backward() would
+    recompute checkpointed blocks (below) with `policy`."""
     for layer in layers.values():
         layer.active = name
     try:
@@ -389,7 +396,7 @@ def adapter_tensors(layers, adapter):
 
 
 def adapter_state(network):
-    """All adapters' tensors by the network's names, for state.pt."""
+    """All adapters' tensors by the network's names, such as x.lora_A.policy, for state.pt."""
     tensors = network.state_dict()
     return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
 
@@ -409,7 +416,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # Multiply by the file's scale, 1 in ours, where B contains it; divide by the layer's.
+        # The file's scale is 1 in ours, whose B contains it. The layer's is divided out.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -420,10 +427,10 @@ def load_lora(layers, pipe, path, prefix):
 class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
-    Why not torch.utils.checkpoint? It runs the forward pass with gradients enabled, where kernels
-    can round differently than without, as if the policy had changed. Its reentrant variant gives
-    no gradient to a block whose inputs need none. Here `trigger`, a tensor that requires a
-    gradient, makes autograd call back.
+    Why not torch.utils.checkpoint? Its non-reentrant variant runs the forward pass with gradients
+    enabled, where kernels can round differently than without, as if the policy had changed. The
+    reentrant one gives no gradient to a block whose inputs need none. Here `trigger`, a tensor
+    that requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -493,9 +500,9 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # low_cpu_mem_usage: False, as True rounds buffers such as positions to bf16 where
-            # accelerate is installed; True only for classes with parts to keep in float32, of which
-            # diffusers demands it.
+            # low_cpu_mem_usage=True rounds buffers such as positions to bf16, where accelerate is
+            # installed. So it is off, except for classes of which diffusers demands it: those with
+            # parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -681,7 +688,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     """Sample, score, improve (paper, sec. 4), once through. step: the optimizer steps of earlier
     epochs; history: see `prompt_advantages`.
 
-    -> R (N,), the rewards of all processes' images; {name: number} to log, of this process.
+    -> R of all processes' images (PROCESSES * N,); {name: number} to log, of this process.
     """
     device = pipe.vae.device
     K = args.group_size
@@ -728,7 +735,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
             (share * terms["loss"]).backward()
             for name, term in terms.items():
                 totals[name] += share / len(updates) * term.detach()
-        if update == 0:  # totals are divided by the number of updates
+        if update == 0:  # totals hold so far 1 / len(updates) of it
             totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
@@ -798,7 +805,8 @@ def check(args):
 
 
 def run(args, folder, train_epoch):
-    """What surrounds the epochs: load, resume, log, evaluate, save."""
+    """What surrounds the epochs: load, resume, log, evaluate, save. train_epoch: the one above, or
+    rwr.py's."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if PROCESSES > 1:
         if device.type == "cuda":
@@ -821,7 +829,7 @@ def run(args, folder, train_epoch):
         wandb.init(project=args.wandb, id=folder.name, config=asdict(args), resume="allow")
 
     # The model, its adapters, and the optimizer of `policy`
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # all processes start from the same LoRA
     pipe, model = load_pipeline(args, device)
     uncond = encode(pipe, model, [""])
     held_out_cond = encode(pipe, model, [prompt for prompt, _ in held_out])
@@ -841,7 +849,7 @@ def run(args, folder, train_epoch):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    unsent = []  # those that Weights & Biases has not heard of
+    unsent = []  # those that Weights & Biases has not heard of: it hears of what is saved
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
@@ -853,18 +861,19 @@ def run(args, folder, train_epoch):
         progress = state["progress"]
         metrics = state["metrics"]
         history = state["history"]
+    out = folder
     if args.resume and not args.epochs:  # only evaluate: the run stays as it is
-        folder = folder / "evaluation"
+        out = folder / "evaluation"
     if PROCESS == 0:
-        folder.mkdir(exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        print(f"{folder}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
+        out.mkdir(exist_ok=True)
+        (out / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        print(f"{out}: preset {args.preset}, reward {args.reward}, prompts {source}, {device}")
 
     def log(split, R, values):
         values = {"reward": R.mean().item(), **values}
         metrics.append({"split": split, **progress, **values})
         unsent.append(metrics[-1])
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+        (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         tqdm.write(f"epoch {progress['epoch']:3d} {split:5s}  {numbers}")
 
@@ -884,13 +893,13 @@ def run(args, folder, train_epoch):
         if args.eval_rewards:
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
-        out = folder / f"epoch-{progress['epoch']:04d}"
+        epoch_folder = out / f"epoch-{progress['epoch']:04d}"
         tensors = adapter_tensors(layers, "ema")
-        pipe.save_lora_weights(out, **{f"{model.prefix}_lora_layers": tensors})
-        rewards.contact_sheet(out / "images.png", images, R.tolist(), held_out)
-        rewards.plot_curve(folder / "curve.png", metrics)
+        pipe.save_lora_weights(epoch_folder, **{f"{model.prefix}_lora_layers": tensors})
+        rewards.contact_sheet(epoch_folder / "images.png", images, R.tolist(), held_out)
+        rewards.plot_curve(out / "curve.png", metrics)
 
-    def publish():  # after the state is saved: until then, lines are logged again on resuming
+    def publish():  # a resumed run repeats what was not saved, and would send it twice
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})
@@ -931,8 +940,7 @@ def run(args, folder, train_epoch):
 
 
 def train(args, train_epoch=train_epoch):
-    """Check the settings, make the folder, `run`. Returns the folder. (rwr.py has a train_epoch of
-    its own.)"""
+    """Check the settings, make the folder, `run`. Returns the folder."""
     check(args)
     folder = Path(args.resume or f"runs/{args.name}")
     if PROCESS == 0 and not args.resume:
