@@ -962,13 +962,14 @@ class GenEval(Reward):
     threshold = 0.3  # of a detection's score, but 0.9 for counting
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
-    shortest = 800  # sides that the detector sees, at most
+    shortest = 800  # sides that the detector sees, at most; or `shortest_side` of its config.json
     longest = 1333
 
     def __init__(self, path, device):
         """path: a folder with `detector`, a Mask2Former for COCO, and `clip`, a CLIPModel."""
         place = locate(path, "detector", "facebook/mask2former-swin-small-coco-instance")
         self.detector = load_model(Mask2Former, place, device)
+        self.shortest = getattr(self.detector.config, "shortest_side", self.shortest)
         self.clip = CLIP(locate(path, "clip", "openai/clip-vit-large-patch14"), device)
         self.color_vectors = {}  # class: (10, d), of COLORS
         self.device = device

@@ -1557,6 +1557,12 @@ DDPO_TINY = BOTH_TINY | dict(
 )  # fmt: skip
 
 
+SCENES = dict(
+    model=f"{TINY}/scenes", reward=f"geneval@{TINY}/scenes", prompts=f"{TINY}/scenes/prompts.jsonl",
+    eval_prompts=f"{TINY}/scenes/eval.jsonl", eval_rewards=f"geneval@{TINY}/scenes/judge",
+)  # fmt: skip
+
+
 @parametrize("script, flags, expected", [
     (crd, "", OCR | dict(reward="ocr", name="crd-ocr-seed0")),
     (crd, "--reward ocr@here --no-grad-checkpoint", OCR | dict(grad_checkpoint=False)),
@@ -1565,6 +1571,8 @@ DDPO_TINY = BOTH_TINY | dict(
     (crd, "--preset geneval", GENEVAL | dict(reward="geneval", name="crd-geneval-seed0")),
     (crd, "--preset tiny --lr 0.5", {**CRD_TINY, "lr": 0.5, "name": "crd-tiny-seed0"}),
     (crd, "--preset tiny", CRD_TINY), (ddpo, "--preset tiny", DDPO_TINY),
+    (crd, "--preset scenes", CRD_TINY | SCENES | dict(anchor=1, epochs=16, eval_every=4)),
+    (ddpo, "--preset scenes", DDPO_TINY | SCENES),
     (ddpo, "", DDPO | dict(name="ddpo-sd1-is-seed0")),
     (ddpo, "--preset sd3", DDPO | dict(
         model="stabilityai/stable-diffusion-3.5-medium", steps=10, deterministic_steps=1,
@@ -2217,6 +2225,38 @@ def test_the_bundled_models_read_words_they_never_saw(monkeypatch, folder):
     assert sum(right) >= 0.98 * len(prompts)
     assert scores_of(reward, images[:50], prompts[:50]).mean() > 0.98
     assert scores_of(reward, images[:50], prompts[1:51]).mean() < 0.5
+
+
+@parametrize("folder", [TINY / "scenes", TINY / "scenes/judge"], ids=["scenes", "judge"])
+def test_the_bundled_detectors_judge_scenes(folder):
+    """Right ones pass; what misses by one object, count, color or place does not."""
+    import make
+
+    rng = random.Random(0)
+    lines = rewards.read_prompts(str(TINY / "scenes/eval.jsonl"))[:24]
+    reward = rewards.load(f"geneval@{folder}", "cpu")
+    assert reward.shortest == make.HEIGHT
+    for change, expected in ((lambda entry, rng: entry, 1), (make.miss_by_one, 0)):
+        images = []
+        for _, entry in lines:
+            include = change(entry, rng)["include"]
+            objects = make.place(include, make.cells_for(include, rng), rng)
+            images.append(make.paint(objects, rng))
+        _, values = reward.score(images, *zip(*lines))
+        assert values[f"{reward.name}/overall"] == pytest.approx(expected, abs=0.05)
+
+
+def test_preset_scenes_trains_on_geneval(tmp_path, monkeypatch):
+    """By one detector, and is judged by another as well; a prompt of each task is held out."""
+    monkeypatch.chdir(tmp_path)
+    lines = (TINY / "scenes/eval.jsonl").read_text().splitlines(keepends=True)
+    Path("eval.jsonl").write_text("".join(lines[:6]))
+    flags = "--preset scenes --eval-prompts eval.jsonl --groups 2 --group-size 2 --micro-batch 4"
+    folder = crd.train(crd.parse(f"{flags} --steps-per-epoch 1 --epochs 1".split()))
+    before, train, _ = read_metrics(folder)
+    tasks = {f"geneval@scenes/{task}" for task in [*rewards.TASKS, "overall"]}
+    assert tasks | {"geneval@judge/overall"} <= before.keys()
+    assert train["anchor_loss"] > 0 and "geneval@scenes/overall" in train
 
 
 @parametrize("name, sign", [("incompressibility", 1), ("compressibility", -1)])

@@ -17,9 +17,21 @@ The last two are judges: they look at what reinforcement learning makes of the t
 learns from them. The transformer stops early on purpose. It then draws letters and misspells most
 words, which leaves reinforcement learning something to do. Words held out for evaluation
 (`rewards.held_out`) are never drawn.
+
+For the paper's other task, GenEval, `--parts scenes` makes a second toy in `scenes/`, of up to four
+flat objects on a gray wall, in about an hour and a half of one core:
+
+  scenes-prompts      GenEval's prompts, of eight classes and six colors
+  scenes-vae          as above
+  scenes-transformer  as above; it miscounts, swaps colors and misplaces
+  scenes-detector     Mask2Former, narrowed: which objects there are, and where
+  scenes-clip         CLIPModel, which names an object's color
+  scenes-judge        a second detector and CLIP, on other sizes, turned shapes and other damage
 """
 
 import argparse
+import copy
+import itertools
 import json
 import math
 import random
@@ -45,6 +57,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     HGNetV2Config,
+    Mask2FormerConfig,
     PPLCNetV3Config,
     PPLCNetV4Config,
     PPOCRV5MobileDetConfig,
@@ -55,6 +68,7 @@ from transformers import (
     PPOCRV6SmallDetForObjectDetection,
     PPOCRV6TinyRecConfig,
     PPOCRV6TinyRecForTextRecognition,
+    SwinConfig,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -142,8 +156,8 @@ def autocast():
 # The image model
 
 
-def train_vae(out, seed, steps=1500, batch=32):
-    """A quarter-size autoencoder. Squared error draws the letters, absolute error keeps their edges
+def train_vae(out, seed, pixels, steps=1500, batch=32):
+    """A quarter-size autoencoder. Squared error draws the shapes, absolute error keeps their edges
     sharp."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
@@ -157,7 +171,6 @@ def train_vae(out, seed, steps=1500, batch=32):
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).to(DEVICE)
-    _, pixels = dataset(8000, seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = warm_up_then_decay(optimizer, steps, 50)
     for _ in (bar := tqdm(range(steps), desc="vae")):
@@ -183,23 +196,21 @@ def train_vae(out, seed, steps=1500, batch=32):
     vae.half().save_pretrained(out / "vae")
 
 
-def make_tokenizer():
+def make_tokenizer(words=("on", "a", "sign", *rewards.SIGN_COLORS), length=12):
     """CLIP's tokenizer with single characters for a vocabulary, so that a model can see how a word
     is spelled; the words around it are a token each."""
     characters = [chr(c) for c in range(33, 127)]
     tokens = ["<|startoftext|>", "<|endoftext|>"] + characters + [c + "</w>" for c in characters]
     tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length
     )
-    whole = "on", "a", "sign", *rewards.SIGN_COLORS
-    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in whole])
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])
     return tokenizer
 
 
-def make_pipeline(vae):
+def make_pipeline(vae, tokenizer):
     """A whole, untrained Stable Diffusion 3 around `vae`: 2.4 M parameters, 32 image tokens, no
     T5."""
-    tokenizer = make_tokenizer()
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -240,14 +251,13 @@ def make_pipeline(vae):
     )
 
 
-def train_transformer(out, seed, steps=3000, stop=610, batch=96):
+def train_transformer(out, seed, tokenizer, prompts, pixels, steps=3000, stop=610, batch=96):
     """Flow matching with the text encoders, prompts encoded by the pipeline's own
     `encode_prompt`."""
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(DEVICE).eval()
     vae.register_to_config(_name_or_path="vae")  # the folder's path would go into its config
-    pipe = make_pipeline(vae).to(DEVICE)
-    prompts, pixels = dataset(24000, seed + 1)
+    pipe = make_pipeline(vae, tokenizer).to(DEVICE)
     latents = []
     with torch.no_grad(), autocast():
         for x in tqdm(pixels.split(96), desc="encode", leave=False):
@@ -626,13 +636,463 @@ def train_clip(out, seed, steps=1200, batch=96):
         part.save_pretrained(out / "clip")
 
 
+# The scenes
+
+# GenEval's colors. The image model paints with PAINTED; the rest is for the models that judge it.
+PAINTS = {
+    "red": (205, 40, 40),
+    "orange": (240, 135, 25),
+    "yellow": (240, 215, 50),
+    "green": (35, 150, 60),
+    "blue": (40, 80, 215),
+    "purple": (130, 50, 165),
+    "pink": (245, 150, 190),
+    "brown": (120, 75, 40),
+    "black": (20, 20, 24),
+    "white": (250, 250, 250),
+}
+PAINTED = "red", "yellow", "green", "blue", "black", "white"
+WALLS = 120, 150, 180
+
+# Eight of COCO's classes as Pillow draws them: where, from -1 to 1, and whether with ink or eraser.
+# No stroke is thinner than two pixels: the autoencoder would lose it.
+INK, ERASER = 255, 0
+SHAPES = {
+    "sports ball": [("ellipse", (-0.95, -0.95, 0.95, 0.95), INK)],
+    "kite": [("polygon", (0, -1.15, 0.9, -0.2, 0, 1.15, -0.9, -0.2), INK)],
+    "book": [("polygon", (-1.15, -0.9, 0, -0.4, 1.15, -0.9, 1.15, 0.6, 0, 1.1, -1.15, 0.6), INK)],
+    "umbrella": [
+        ("ellipse", (-1.1, -1, 1.1, 1.1), INK),
+        ("rectangle", (-1.15, 0, 1.15, 1.15), ERASER),
+        ("rectangle", (-0.2, 0, 0.2, 1), INK),
+    ],
+    "clock": [
+        ("ellipse", (-1.1, -1.1, 1.1, 1.1), INK),
+        ("ellipse", (-0.6, -0.6, 0.6, 0.6), ERASER),
+    ],
+    "pizza": [("polygon", (-1.1, -0.95, 1.1, -0.95, 0, 1.15), INK)],
+    "cup": [
+        ("ellipse", (-0.3, -0.75, 1.15, 0.7), INK),
+        ("ellipse", (0.05, -0.4, 0.8, 0.35), ERASER),
+        ("polygon", (-1.1, -1, 0.35, -1, 0.25, 0.95, -1, 0.95), INK),
+    ],
+    "tv": [
+        ("rectangle", (-1.15, -0.95, 1.15, 0.35), INK),
+        ("rectangle", (-0.2, 0.3, 0.2, 0.8), INK),
+        ("rectangle", (-0.75, 0.7, 0.75, 1.05), INK),
+    ],
+}
+
+
+class Few(random.Random):
+    """Random numbers that make `rewards.geneval_prompt` talk of the toy's classes and colors
+    alone."""
+
+    def sample(self, population, k):
+        return super().sample([x for x in population if x in SHAPES or x in PAINTED], k)
+
+
+def scene_prompts(seed):
+    """Prompts and metadata to draw, without end, each of GenEval's tasks in turn. The reward's own
+    stream has no single objects; from it the image model would not learn what an object of one
+    class is."""
+    rng = Few(seed)
+    for task in itertools.cycle(rewards.TASKS):
+        prompt, metadata = rewards.geneval_prompt(task, rng)
+        if not rewards.held_out(rewards.subjects(prompt, metadata)[-1]):
+            yield prompt, metadata
+
+
+def stamp(name, x, y, radius, angle):
+    """A class as a mask of CELL x CELL pixels with soft edges, (x, y) off its center, turned by
+    degrees."""
+    canvas = Image.new("L", (4 * CELL, 4 * CELL))
+    pen = ImageDraw.Draw(canvas)
+    for method, where, fill in SHAPES[name]:
+        points = [
+            4 * (CELL / 2 + offset + radius * value)
+            for value, offset in zip(where, itertools.cycle((x, y)))
+        ]
+        getattr(pen, method)(points, fill=fill)
+    return canvas.rotate(angle, Image.BICUBIC, center=(2 * CELL + 4 * x, 2 * CELL + 4 * y)).reduce(
+        4
+    )
+
+
+def row(count, rng):
+    """Corners of `count` cells side by side, in the middle of the picture."""
+    left = (WIDTH - count * CELL) // 2
+    return [(left + i * CELL, (HEIGHT - CELL) // 2) for i in range(count)]
+
+
+def column(rng):
+    """Corners of two cells, one above the other."""
+    left = (WIDTH - CELL) // 2
+    return [(left, 0), (left, CELL)]
+
+
+def anywhere(count, rng):
+    """Corners of `count` cells that do not overlap."""
+    corners = []
+    tries = 0
+    while len(corners) < count:
+        x, y = rng.randint(0, WIDTH - CELL), rng.randint(0, HEIGHT - CELL)
+        if count > 3:
+            x, y = x - x % CELL, y - y % CELL
+        if all(max(abs(x - a), abs(y - b)) >= CELL for a, b in corners):
+            corners.append((x, y))
+        tries += 1
+        if tries > 100:
+            corners, tries = [], 0
+    return corners
+
+
+def cells_for(include, rng):
+    """Corners of a cell for each object of GenEval's metadata: in a row or, if one is above the
+    other, in a column."""
+    corners = row(sum(wanted["count"] for wanted in include), rng)
+    relation, _ = include[-1].get("position", ("", 0))
+    if relation in ("above", "below"):
+        corners = column(rng)
+        if relation == "above":
+            corners.reverse()
+    elif relation == "left of" or not relation and rng.random() < 0.5:
+        corners.reverse()  # the second object is left of the first
+    return corners
+
+
+def place(include, corners, rng, rough=False):
+    """What GenEval's metadata include, as (class, color, mask), each in a cell of its own. Colors
+    that are not asked for are random. rough: turned and of more sizes, as the image model never
+    sees them."""
+    objects = []
+    for wanted in include:
+        for _ in range(wanted["count"]):
+            shape = stamp(
+                wanted["class"],
+                rng.uniform(-1.4, 1.4),
+                rng.uniform(-1.4, 1.4),
+                rng.uniform(4.4, 6.4) if rough else rng.uniform(5.4, 6),
+                rng.uniform(-12, 12) if rough else 0,
+            )
+            mask = Image.new("L", (WIDTH, HEIGHT))
+            mask.paste(shape, corners[len(objects)])
+            objects.append((wanted["class"], wanted.get("color") or rng.choice(PAINTED), mask))
+    return objects
+
+
+def outline(mask):
+    """The mask without its soft edges."""
+    return mask.point(lambda value: 255 * (value > 127))
+
+
+def paint(objects, rng):
+    """The picture of (class, color, mask) on a gray wall."""
+    wall = rng.choice(WALLS) + rng.randint(-6, 6)
+    image = Image.new("RGB", (WIDTH, HEIGHT), (wall, wall, wall))
+    for _, color, mask in objects:
+        image.paste(tuple(c + rng.randint(-8, 8) for c in PAINTS[color]), mask=mask)
+    return image
+
+
+def miss_by_one(metadata, rng):
+    """Metadata like these, but for one count, class, color or place: of a wrong picture."""
+    include = copy.deepcopy(metadata["include"])
+    wanted = rng.choice(include)
+    names = [name for name in SHAPES if name not in [other["class"] for other in include]]
+    tag = metadata["tag"]
+    if tag == "counting":
+        wanted["count"] += 1 if wanted["count"] < 4 and rng.random() < 0.5 else -1
+    elif tag in ("colors", "color_attr"):
+        wanted["color"] = rng.choice([color for color in PAINTED if color != wanted["color"]])
+    elif tag == "position":
+        relation = include[1]["position"][0]
+        include[1]["position"][0] = rng.choice([x for x in rewards.RELATIONS if x != relation])
+    elif tag == "two_object" and rng.random() < 0.5:
+        include.remove(wanted)
+    else:
+        wanted["class"] = rng.choice(names)
+    return {**metadata, "include": include}
+
+
+def scenes(size, seed):
+    """Prompts and pictures: (list of str, uint8 tensor (size, 3, 32, 64))."""
+    rng = random.Random(seed)
+    pairs = list(itertools.islice(scene_prompts(seed), size))
+    pictures = [
+        to_tensor(paint(place(include, cells_for(include, rng), rng), rng))
+        for include in tqdm([m["include"] for _, m in pairs], desc="draw", leave=False)
+    ]
+    return [prompt for prompt, _ in pairs], torch.stack(pictures)
+
+
+def scene_tokenizer():
+    """Every word of the toy's prompts is a token."""
+    words = "a an photo of and two three four left right above below object colored".split()
+    for name in SHAPES:
+        words += (name + " " + rewards.phrase(name, 2)).split()
+    return make_tokenizer(list(dict.fromkeys([*words, *rewards.COLORS])), length=16)
+
+
+def crowds(size, seed, rough=False):
+    """Pictures to find objects in: uint8 tensor (size, 3, 32, 64), and [(class, color, mask)] for
+    each. One to six objects of up to three classes, in any of GenEval's colors: more than a prompt
+    asks for, so that a detector counts what is there and does not guess."""
+    rng = random.Random(seed)
+    pictures, crowd = [], []
+    for _ in tqdm(range(size), desc="draw", leave=False):
+        names = rng.choices(rng.sample(list(SHAPES), rng.randint(1, 3)), k=rng.randint(1, 6))
+        corners = anywhere(len(names), rng)
+        if len(names) == 2 and rng.random() < 0.5:
+            corners = column(rng)
+        elif len(names) < 5 and rng.random() < 0.75:
+            corners = row(len(names), rng)
+        room = HEIGHT - CELL - max(y for _, y in corners), min(y for _, y in corners)
+        right, down = rng.randint(-3, 3), rng.randint(-min(room[1], 5), min(room[0], 5))
+        corners = [(x + right, y + down) for x, y in corners]
+        include = [{"class": name, "count": 1, "color": rng.choice([*PAINTS])} for name in names]
+        objects = place(include, corners, rng, rough)
+        pictures.append(to_tensor(paint(objects, rng)))
+        crowd.append(
+            [
+                (name, color, to_tensor(outline(mask).convert("RGB"))[0] // 255)
+                for name, color, mask in objects
+            ]
+        )
+    return torch.stack(pictures), crowd
+
+
+CENTERS = [(x, y) for x in range(8, WIDTH, 8) for y in range(8, HEIGHT, 8)]
+
+
+def find_targets(crowd):
+    """What each query has to find of pictures' (class, color, mask): the object with its center
+    nearest to the query's. -> classes (N, queries), 80 for none; index of the object, -1 for none
+    (N, queries)."""
+    classes = torch.full((len(crowd), len(CENTERS)), len(rewards.CLASSES))
+    index = torch.full((len(crowd), len(CENTERS)), -1)
+    for i, objects in enumerate(crowd):
+        for j, (name, _, mask) in enumerate(objects):
+            y, x = (where.float().mean() for where in mask.nonzero(as_tuple=True))
+            distances = [math.hypot(x - a, y - b) for a, b in CENTERS]
+            query = distances.index(min(distances))
+            classes[i, query] = rewards.CLASSES.index(name)
+            index[i, query] = j
+    return classes, index
+
+
+def scene_detector(embed_dim=16, width=64, layers=3):
+    """Mask2Former narrowed. Its masks have half of the picture's resolution, not a quarter."""
+    backbone = SwinConfig(
+        image_size=HEIGHT,
+        patch_size=2,
+        embed_dim=embed_dim,
+        depths=[1, 1, 2, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        drop_path_rate=0.0,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    return rewards.Mask2Former(
+        Mask2FormerConfig(
+            backbone_config=backbone,
+            feature_size=width,
+            mask_feature_size=width,
+            hidden_dim=width,
+            encoder_feedforward_dim=2 * width,
+            encoder_layers=1,
+            decoder_layers=layers,
+            num_attention_heads=4,
+            dim_feedforward=2 * width,
+            num_queries=len(CENTERS),
+            id2label=dict(enumerate(rewards.CLASSES)),
+        )
+    )
+
+
+def detection_loss(output, classes, masks):
+    """Of all layers: cross entropy of the classes (B, queries); squared error and dice of the masks
+    (B, queries, h, w) where there is an object."""
+    found = classes < len(rewards.CLASSES)
+    masks = masks[found]
+    layers = [(output.class_queries_logits, output.masks_queries_logits)]
+    for layer in output.auxiliary_logits:
+        layers.append((layer["class_queries_logits"], layer["masks_queries_logits"]))
+    loss = 0.0
+    for class_logits, mask_logits in layers:
+        # Classes of objects count as much as that nothing is elsewhere.
+        error = F.cross_entropy(class_logits.transpose(1, 2), classes, reduction="none")
+        loss = loss + error[found].mean() + error[~found].mean()
+        logits = mask_logits[found]
+        p = logits.sigmoid()
+        overlap = 2 * (p * masks).sum((1, 2)) / (p.sum((1, 2)) + masks.sum((1, 2)))
+        loss = loss + F.binary_cross_entropy_with_logits(logits, masks) + 0.2 * (1 - overlap).mean()
+    return loss
+
+
+def train_scene_detector(folder, seed, build, rough=False, damage=degrade, steps=2500, batch=32):
+    """A model that finds the objects in damaged pictures.
+
+    Each of its queries has a place to look at. (With the published loss, which assigns objects to
+    the queries that fit best, objects are found twice for a long time.) In the end all logits are
+    doubled: the answers are the same but over 90 % sure, as GenEval asks where it counts.
+    """
+    torch.manual_seed(seed)
+    model = build().to(DEVICE).train()
+    model.config.shortest_side = HEIGHT
+    mean = torch.tensor(rewards.GenEval.mean).view(3, 1, 1)
+    std = torch.tensor(rewards.GenEval.std).view(3, 1, 1)
+    pixels, crowd = crowds(8000, seed, rough)
+    classes, index = find_targets(crowd)
+    shapes = [torch.stack([mask for *_, mask in objects]).float() for objects in crowd]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    schedule = warm_up_then_decay(optimizer, steps, 100)
+    for _ in (bar := tqdm(range(steps), desc="detector")):
+        rows = torch.randint(len(pixels), (batch,))
+        x = (damage(pixels[rows].float()) / 255 - mean) / std
+        output = model(x.to(DEVICE), output_auxiliary_logits=True)
+        masks = torch.stack([shapes[i][index[i]] for i in rows])
+        masks = F.avg_pool2d(masks, 2).to(DEVICE)
+        loss = detection_loss(output, classes[rows].to(DEVICE), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    last = model.model.transformer_module.decoder.mask_predictor.mask_embedder.layers[-1]
+    for p in [*model.class_predictor.parameters(), *last.parameters()]:
+        p.data.mul_(2)
+    model.eval().half().save_pretrained(folder)
+
+
+def cut_out(picture, mask, side=32):
+    """An object (3, side, side) as `rewards.GenEval` shows it to CLIP: its box, with all else in
+    gray. Its edge is off by up to a pixel, as a detector's is."""
+    soft = F.avg_pool2d(mask[None, None].float(), 3, stride=1, padding=1)[0]
+    mask = soft > torch.empty(()).uniform_(0.15, 0.5)
+    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
+    crop = torch.where(mask, picture, 153.0)[
+        :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1
+    ]
+    return F.interpolate(crop[None], (side, side), mode="bicubic", antialias=True)[0].clamp(0, 255)
+
+
+def train_scene_clip(folder, seed, width=48, rough=False, damage=degrade, steps=400, batch=64):
+    """CLIP that names the colors of objects, in the words of `rewards.GenEval.name_colors`, which a
+    text of another color or class has to fit worse."""
+    torch.manual_seed(seed)
+    rng, tokenizer = random.Random(seed), scene_tokenizer()
+    layers = dict(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=2
+    )
+    model = (
+        CLIPModel(
+            CLIPConfig(
+                text_config=dict(
+                    **layers,
+                    vocab_size=len(tokenizer),
+                    bos_token_id=0,
+                    eos_token_id=1,
+                    pad_token_id=1,
+                    max_position_embeddings=tokenizer.model_max_length,
+                ),
+                vision_config=dict(**layers, image_size=32, patch_size=8),
+                projection_dim=width,
+            )
+        )
+        .to(DEVICE)
+        .train()
+    )
+    processor = CLIPImageProcessorPil(
+        size={"height": 32, "width": 32},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    pixels, crowd = crowds(8000, seed + 1, rough)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    schedule = warm_up_then_decay(optimizer, steps, 100)
+    for _ in (bar := tqdm(range(steps), desc="clip")):
+        rows = torch.randint(len(pixels), (batch,))
+        chosen = [rng.choice(crowd[i]) for i in rows]
+        x = torch.stack(
+            [
+                cut_out(picture, mask)
+                for picture, (*_, mask) in zip(damage(pixels[rows].float()), chosen)
+            ]
+        )
+        wording = "a photo of a " + rng.choice(("{} {}", "{}-colored {}", "{} object"))
+        texts = list(
+            dict.fromkeys(wording.format(color, name) for color in PAINTS for name in SHAPES)
+        )
+        answer = torch.tensor(
+            [texts.index(wording.format(color, name)) for name, color, _ in chosen]
+        )
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(DEVICE)
+        images = F.normalize(
+            model.get_image_features(x.to(DEVICE) / 127.5 - 1).pooler_output, dim=-1
+        )
+        vectors = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * images @ vectors.T
+        loss = F.cross_entropy(logits, answer.to(DEVICE))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        right = (logits.argmax(1).cpu() == answer).float().mean()
+        bar.set_postfix(loss=f"{loss.item():.4f}", right=f"{right:.2f}")
+    for part in (model.eval().half(), tokenizer, processor):
+        part.save_pretrained(folder)
+
+
+def train_scene_judge(out, seed):
+    """A second detector and CLIP, narrower, which see other sizes, turned shapes and other
+    damage."""
+    folder = out / "scenes/judge"
+    train_scene_detector(folder / "detector", seed + 10, lambda: scene_detector(12), True, spoil)
+    train_scene_clip(folder / "clip", seed + 10, 40, True, spoil)
+
+
+def train_scene_transformer(out, seed):
+    train_transformer(
+        out / "scenes", seed, scene_tokenizer(), *scenes(24000, seed + 1), 3000, 2100, 96
+    )
+
+
+def write_prompts(out, lines=850, held_out=384):
+    """GenEval's prompts in its own form: `prompts.jsonl` to train on, in Flow-GRPO's mixture of
+    tasks, and `eval.jsonl` to evaluate, as many of each task. A task with few prompts repeats
+    them."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", lines), ("eval", held_out)):
+        pairs = itertools.islice(rewards.geneval_prompts(split, Few(0)), count)
+        text = "".join(
+            json.dumps({**metadata, "prompt": prompt}) + "\n" for prompt, metadata in pairs
+        )
+        (out / {"train": "prompts.jsonl", "eval": "eval.jsonl"}[split]).write_text(text)
+
+
 PARTS = {
-    "vae": train_vae,
-    "transformer": train_transformer,
+    "vae": lambda out, seed: train_vae(out, seed, dataset(8000, seed)[1]),
+    "transformer": lambda out, seed: train_transformer(
+        out, seed, make_tokenizer(), *dataset(24000, seed + 1)
+    ),
     "detector": lambda out, seed: train_detector(out / "ocr-det", seed, mobile_detector),
     "recognizer": lambda out, seed: train_recognizer(out / "ocr-rec", seed, tiny_recognizer),
     "judge": train_judge,
     "clip": train_clip,
+    "scenes-prompts": lambda out, seed: write_prompts(out / "scenes"),
+    "scenes-vae": lambda out, seed: train_vae(
+        out / "scenes", seed, crowds(8000, seed)[0], 1500, 16
+    ),
+    "scenes-transformer": train_scene_transformer,
+    "scenes-detector": lambda out, seed: train_scene_detector(
+        out / "scenes/detector", seed, scene_detector
+    ),
+    "scenes-clip": lambda out, seed: train_scene_clip(out / "scenes/clip", seed),
+    "scenes-judge": train_scene_judge,
 }
 
 if __name__ == "__main__":
@@ -640,10 +1100,16 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to train"
+        "--parts",
+        nargs="+",
+        choices=[*PARTS, "scenes"],
+        default=[name for name in PARTS if not name.startswith("scenes-")],
+        help="what to train [all but the scenes]; scenes: all of theirs",
     )
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write [this one]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for part in args.parts:
-        PARTS[part](args.out, args.seed)
+        for name in PARTS:
+            if name == part or part == "scenes" and name.startswith("scenes-"):
+                PARTS[name](args.out, args.seed)

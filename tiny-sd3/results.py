@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
@@ -253,25 +254,27 @@ def plot(file, number, title, names):
     chart.resize((900, 550), Image.LANCZOS).save(ASSETS / file)  # smooth lines
 
 
-def draw_pairs(file, before, after, count=6):
-    """The first held-out signs, cut from the contact sheets of two evaluations, each pair over the
-    word that was asked for."""
+def draw_pairs(file, before, after, captions):
+    """The first images of the contact sheets of two evaluations, each pair over what was asked."""
     sheets = [Image.open(f"runs/{name}/images.png") for name in (before, after)]
-    words = [prompt.split('"')[1] for prompt, _ in rewards.evaluation_prompts("signs", count)]
-    width, height = 256, 128  # of a sign in a sheet: see rewards.contact_sheet
-    grid = Image.new("RGB", (150 + count * (width + 12), 2 * (height + 12) + 60), "white")
+    width, height = 256, 128  # of an image in a sheet: see rewards.contact_sheet
+    size = (150 + len(captions) * (width + 12), 2 * (height + 12) + 60)
+    grid = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=30)
+    small = ImageFont.load_default(size=20)
     for row, (sheet, label) in enumerate(zip(sheets, ("before", "after"))):
         y = row * (height + 12)
         pen.text((130, y + height // 2), label, "black", font, "rm")
-        for i in range(count):
+        for i in range(len(captions)):
             corner = (i % 4 * (width + 8), i // 4 * (height + 40))
-            sign = sheet.crop((*corner, corner[0] + width, corner[1] + height))
-            grid.paste(sign, (150 + i * (width + 12), y))
-    for i, word in enumerate(words):
+            image = sheet.crop((*corner, corner[0] + width, corner[1] + height))
+            grid.paste(image, (150 + i * (width + 12), y))
+    for i, caption in enumerate(captions):
         x = 150 + i * (width + 12) + width // 2
-        pen.text((x, 2 * (height + 12) + 24), f'"{word}"', "black", font, "mm")
+        lines = "\n".join(textwrap.wrap(caption, 24))
+        y = 2 * (height + 12) + 24
+        pen.text((x, y), lines, "black", small if len(caption) > 8 else font, "mm", align="center")
     pen.text((130, 2 * (height + 12) + 24), "asked for", "#64748b", font, "rm")
     grid.save(ASSETS / file)
 
@@ -291,6 +294,8 @@ if __name__ == "__main__":
     if wanted.plot:
         for file, (number, title, names) in CURVES.items():
             plot(file, number, title, names)
-        draw_pairs("before-after.png", "crd-0/epoch-0000", "crd-0/epoch-0024")
+        words = [prompt.split('"')[1] for prompt, _ in rewards.evaluation_prompts("signs", 6)]
+        words = [f'"{word}"' for word in words]
+        draw_pairs("before-after.png", "crd-0/epoch-0000", "crd-0/epoch-0024", words)
         for name in SHEETS.split():
             shutil.copy(f"runs/{name}/images.png", ASSETS / f"{name.replace('/', '-')}.png")

@@ -141,15 +141,16 @@ def train(args):
 def parse(argv=None):
     """Settings from the command line: flags over a preset's defaults, or over a resumed run's."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    flags = parser.parse_args(argv)  # for the preset; parsed again with its defaults
-    algorithm = "rwr-sparse" if flags.sparse else "rwr"
-    name = f"{algorithm}-{flags.preset}-seed{flags.seed}"
-    parser.set_defaults(**{"name": name, **ddpo.PRESETS[flags.preset]})
+    flags = parser.parse_args(argv)  # a first time, to know which defaults to set
     if flags.resume:
-        saved = json.loads(Path(flags.resume, "args.json").read_text())
-        if saved.keys() != asdict(Settings()).keys():
+        defaults = json.loads(Path(flags.resume, "args.json").read_text())
+        if defaults.keys() != asdict(Settings()).keys():
             raise ValueError(f"{flags.resume} holds no run of rwr.py")
-        parser.set_defaults(**saved)
+    else:
+        algorithm = "rwr-sparse" if flags.sparse else "rwr"
+        name = f"{algorithm}-{flags.preset}-seed{flags.seed}"
+        defaults = {"name": name, **PRESETS[flags.preset]}
+    parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 
