@@ -2,7 +2,7 @@
 
     python -m pytest -q test_crd.py
 
-On a CPU, without a network, in four minutes.
+On a CPU, without a network, in five minutes.
 """
 
 import importlib

@@ -148,6 +148,14 @@ def warm_up_then_decay(optimizer, steps, warm_up):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
 
 
+def take_step(loss, optimizer, schedule):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def autocast():
     """bf16 on a GPU, else float32."""
     return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=DEVICE == "cuda")
@@ -286,11 +294,7 @@ def train_transformer(out, seed, tokenizer, prompts, pixels, steps=3000, stop=61
             )
             v = pipe.transformer(x, embeds, pooled, 1000 * sigma, return_dict=False)[0]
         loss = F.mse_loss(v.float(), noise - x0)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, optimizer, schedule)
         bar.set_postfix(loss=f"{loss.item():.4f}")
     for module in trained:
         module.eval().half()
@@ -496,11 +500,7 @@ def train_recognizer(
             torch.full((batch,), y.shape[1]),
             torch.tensor([len(a) for a in answers]),
         )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, optimizer, schedule)
         bar.set_postfix(loss=f"{loss.item():.4f}")
     save_ocr_model(model, settings, folder)
 
@@ -624,11 +624,7 @@ def train_clip(out, seed, steps=1200, batch=96):
         logits = model.logit_scale.exp().clamp(max=100) * images.float() @ texts.float().T
         answer = torch.arange(batch, device=DEVICE)
         loss = F.cross_entropy(logits, answer) + F.cross_entropy(logits[:, :batch].T, answer)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, optimizer, schedule)
         bar.set_postfix(
             loss=f"{loss.item():.4f}", right=f"{(logits.argmax(1) == answer).float().mean():.2f}"
         )
@@ -725,7 +721,7 @@ def row(count, rng):
     return [(left + i * CELL, (HEIGHT - CELL) // 2) for i in range(count)]
 
 
-def column(rng):
+def column():
     """Corners of two cells, one above the other."""
     left = (WIDTH - CELL) // 2
     return [(left, 0), (left, CELL)]
@@ -753,7 +749,7 @@ def cells_for(include, rng):
     corners = row(sum(wanted["count"] for wanted in include), rng)
     relation, _ = include[-1].get("position", ("", 0))
     if relation in ("above", "below"):
-        corners = column(rng)
+        corners = column()
         if relation == "above":
             corners.reverse()
     elif relation == "left of" or not relation and rng.random() < 0.5:
@@ -844,11 +840,12 @@ def crowds(size, seed, rough=False):
         names = rng.choices(rng.sample(list(SHAPES), rng.randint(1, 3)), k=rng.randint(1, 6))
         corners = anywhere(len(names), rng)
         if len(names) == 2 and rng.random() < 0.5:
-            corners = column(rng)
+            corners = column()
         elif len(names) < 5 and rng.random() < 0.75:
             corners = row(len(names), rng)
-        room = HEIGHT - CELL - max(y for _, y in corners), min(y for _, y in corners)
-        right, down = rng.randint(-3, 3), rng.randint(-min(room[1], 5), min(room[0], 5))
+        above = min(y for _, y in corners)
+        below = HEIGHT - CELL - max(y for _, y in corners)
+        right, down = rng.randint(-3, 3), rng.randint(-min(above, 5), min(below, 5))
         corners = [(x + right, y + down) for x, y in corners]
         include = [{"class": name, "count": 1, "color": rng.choice([*PAINTS])} for name in names]
         objects = place(include, corners, rng, rough)
@@ -911,7 +908,7 @@ def scene_detector(embed_dim=16, width=64, layers=3):
 
 
 def detection_loss(output, classes, masks):
-    """Of all layers: cross entropy of the classes (B, queries); squared error and dice of the masks
+    """Of all layers: cross entropy of the classes (B, queries); cross entropy and dice of the masks
     (B, queries, h, w) where there is an object."""
     found = classes < len(rewards.CLASSES)
     masks = masks[found]
@@ -954,11 +951,7 @@ def train_scene_detector(folder, seed, build, rough=False, damage=degrade, steps
         masks = torch.stack([shapes[i][index[i]] for i in rows])
         masks = F.avg_pool2d(masks, 2).to(DEVICE)
         loss = detection_loss(output, classes[rows].to(DEVICE), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, optimizer, schedule)
         bar.set_postfix(loss=f"{loss.item():.3f}")
     last = model.model.transformer_module.decoder.mask_predictor.mask_embedder.layers[-1]
     for p in [*model.class_predictor.parameters(), *last.parameters()]:
@@ -1036,11 +1029,7 @@ def train_scene_clip(folder, seed, width=48, rough=False, damage=degrade, steps=
         vectors = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * images @ vectors.T
         loss = F.cross_entropy(logits, answer.to(DEVICE))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, optimizer, schedule)
         right = (logits.argmax(1).cpu() == answer).float().mean()
         bar.set_postfix(loss=f"{loss.item():.4f}", right=f"{right:.2f}")
     for part in (model.eval().half(), tokenizer, processor):
