@@ -3,8 +3,8 @@
 Fine-tune a flow-matching text-to-image model so that its images score higher under any reward.
 What a reader who knows PPO would not expect:
 
-1. No policy gradient: the log-ratio of the policy to an older self, `old`, is regressed on the
-   reward.
+1. In place of a clipped policy gradient, a regression: the log-ratio of the policy to an older
+   self, `old`, is fitted to the reward.
 2. No trajectories: a finished image is noised and its velocity predicted, at a few noise levels,
    so any ODE sampler will do.
 3. No classifier-free guidance in sampling: a penalty, the anchor, teaches the policy what the
@@ -35,18 +35,20 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     L   = (5 / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2              crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
-L is computed at one noise level; an optimizer step averages it over some of those that sampling
-passes through. While rho = 0, the first term has the gradient of -mean_i A_i rho_i, a policy
-gradient's: 2 from the square, 5 in front, A / 10 = s - mean_K s, and beta cancels. As rho grows,
-the square holds it to its target.
+L is computed at one noise level; an optimizer step averages it over several that sampling passes
+through. At each, rho has a scale of its own, so beta is a constant to tune, not the KL's weight in
+units of R. While rho = 0, the first term has the gradient of -mean_i A_i rho_i, a policy
+gradient's: 2 from the square, 5 in front, A / 10 = s - mean_K s if no A is clipped, and beta
+cancels. As rho grows, the square stops it at its target.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
-    old       follows once per epoch, but stays behind: were it a copy, rho would be 0 again, and
-              the square would hold nothing
-    sampler   draws the images; follows once per epoch, early in training more closely than `old`
+    old       follows once per epoch, but stays behind: were it a copy, each epoch would start at
+              rho = 0, and L be little more than a policy gradient, with nothing to stop it
+    sampler   draws the images; follows once per epoch, early in training more closely than `old`,
+              so that the images are those of today's policy
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
@@ -104,7 +106,8 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A preset changes some defaults; flags override them all."""
+    """Everything a run depends on. A preset changes some defaults (`geneval` none but the reward);
+    flags override them all."""
 
     # model
     preset: Literal["ocr", "geneval", "tiny", "scenes"] | None = arg(
@@ -117,7 +120,7 @@ class Settings:
     max_sequence_length: int = arg(128, "T5 tokens per prompt")
     rank: int = arg(32, "LoRA rank")
     alpha: float = arg(64, "the LoRA scale is alpha / rank")
-    lora: str | None = arg(None, "folder of a LoRA to start from")
+    lora: str | None = arg(None, "folder of a LoRA to start from; the anchor is without it")
     # rollout
     reward: str = arg("ocr", "name[@path-or-repo][:weight]; a sum of several, joined by commas")
     prompts: str | None = arg(None, "a set such as geneval, or a file; default: the reward's own")
@@ -127,13 +130,13 @@ class Settings:
     # loss
     beta: float = arg(1.0, "strength of the KL to `old`, by scaling rho in the loss")
     tau: float = arg(
-        math.inf, "temperature of mean_K, if weighted, see `crd_loss`; inf: a plain mean"
+        math.inf, "temperature of weights in mean_K, see `crd_loss`; inf: equal weights"
     )
     reward_weight: float = arg(1.0, "weight of the CRD loss; 0: the anchor alone")
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
     anchor_adaptive: bool = arg(True, "the anchor grows with the reward; else n = 1 for all images")
-    train_timesteps: int = arg(9, "how many of the rollout's noise levels an optimizer step has")
+    train_timesteps: int = arg(9, "noise levels in an optimizer step, of those of the rollout")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
@@ -160,7 +163,7 @@ class Settings:
 
 PRESETS = {
     # Paper, Table 3. `sampler` is a copy of the policy up to step 75. In the end it and `old` are
-    # nearly frozen: images become off-policy, which the loss allows.
+    # nearly frozen, against drift: images become off-policy, which the loss allows.
     "ocr": dict(
         reward="ocr", steps_per_epoch=2,
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
@@ -281,11 +284,12 @@ def sample_ode(velocity, noise, sigmas):
 
     velocity: a function of x (B, ...) and sigma (); noise (B, ...); sigmas (S + 1,), descending to
     0. A step from sigma to t is x_t = D + t / sigma (x - D). Euler's method has D = x0, the image
-    predicted from x. Here D is extrapolated from the last two such x0, in log-SNR.
+    predicted from x. Here D is extrapolated from the last two x0 to the middle of the step, on the
+    scale of log((1 - sigma) / sigma).
     """
     if sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must descend to 0, not {sigmas.tolist()}")
-    gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()  # half of log-SNR's
+    gaps = torch.log((1 - sigmas) / sigmas).diff().tolist()
     x = noise
     last_x0 = None
     last_gap = math.inf
@@ -302,7 +306,7 @@ def sample_ode(velocity, noise, sigmas):
     return x
 
 
-# LoRA and gradient checkpointing, by hand
+# LoRA and gradient checkpointing, by hand, so that every pass rounds alike (as in ddpo.py)
 
 ADAPTERS = ("policy", "ema", "old", "sampler")
 
@@ -317,7 +321,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.active = "policy"  # None: as pretrained (crd.py's anchor)
+        self.active = "policy"  # None: as pretrained
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
@@ -402,7 +406,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # The file's scale is 1 in ours, whose B contains it. The layer's is divided out.
+        # The file's update is scale B A (1 in ours). The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -417,6 +421,8 @@ class Checkpoint(torch.autograd.Function):
     enabled, where kernels can round differently than without, as if the policy had changed. The
     reentrant one gives no gradient to a block whose inputs need none. Here `trigger`, a tensor
     that requires a gradient, makes autograd call back.
+
+    (Without checkpointing there is such a difference, on devices whose kernels make one.)
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -499,7 +505,7 @@ def load_parts(path, config, dtype):
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
             # low_cpu_mem_usage=True rounds buffers such as positions to bf16, where accelerate is
-            # installed. So it is off, except for classes of which diffusers demands it: those with
+            # installed. So it is off where diffusers allows that: it does not for classes with
             # parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
@@ -537,7 +543,7 @@ def load_pipeline(args, device):
 
 
 def schedule(pipe, steps, shape, device):
-    """The sigmas of a rollout (steps + 1,), from 1 to 0. (SD3's are the same for any shape.)"""
+    """The solver's sigmas (steps + 1,), from 1 to 0. (SD3's are the same for any shape.)"""
     pipe.scheduler.set_timesteps(steps)
     return pipe.scheduler.sigmas.to(device)
 
@@ -648,8 +654,8 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out: K images of each prompt with `sampler`, without guidance. Held-out prompts are in
-    # no "train" stream.
+    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The source's held-out
+    # prompts are not in its "train" stream, nor are those of --eval-prompts.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
@@ -725,6 +731,8 @@ def check(args):
     K = args.group_size
     if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
         raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
+    if args.name is None and not args.resume:
+        raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
         raise ValueError(f"runs/{args.name} exists: --resume it, or choose another --name")
     for flag in (
@@ -735,8 +743,6 @@ def check(args):
             raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.epochs < 0:
         raise ValueError("--epochs has to be 0, to evaluate only, or more")
-    if args.name is None and not args.resume:
-        raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if args.height % MULTIPLE or args.width % MULTIPLE:
         raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
     if K < 2 or args.micro_batch < K or args.micro_batch % K:
@@ -803,7 +809,9 @@ def run(args, folder):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    unsent = []  # those that Weights & Biases has not heard of: it hears of what is saved
+    # Those that Weights & Biases has not heard of. It hears of an epoch once that is saved, as a
+    # resumed run repeats what was not.
+    unsent = []
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         if other := state["adapters"].keys() ^ adapter_state(pipe.transformer).keys():
@@ -840,6 +848,7 @@ def run(args, folder):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
+            # Their names hold their weights' folder, such as ocr@judge beside ocr@tiny-sd3.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -847,7 +856,7 @@ def run(args, folder):
         rewards.contact_sheet(epoch_folder / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(out / "curve.png", metrics)
 
-    def publish():  # a resumed run repeats what was not saved, and would send it twice
+    def publish():
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})

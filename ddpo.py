@@ -7,7 +7,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
 3. There is no critic. The baseline is the mean of a prompt's most recent rewards.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
-   only about 1e-4, and the clip is that small, too. At that scale a rounding difference between
+   only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, a
+   ratio of 1 + 1e-4 means that densities differ by a factor of 5.) A rounding difference between
    sampling and training would count as a change of the policy: before the first update of an
    epoch all ratios have to be exactly 1. `first_ratio_error` in the log says how far they are off.
 
@@ -106,7 +107,7 @@ class Settings:
     guidance: float = arg(5.0, "classifier-free guidance, in training as in sampling")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
-    micro_batch: int = arg(8, "images at once, in sampling as in training")
+    micro_batch: int = arg(8, "images of an update at once, at most, in sampling as in training")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
     updates: int = arg(4, "optimizer steps per epoch; 1 with sf")
@@ -138,8 +139,8 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The clip is wider: log-probabilities are averages over 2,048 latents (16 x 8 x 16), not over
-    # the paper's 16,384, and so change more. Three random steps are enough to explore, and quick.
+    # The clip is wider, nearly in proportion: log-probabilities are averages over 2,048 latents
+    # (16 x 8 x 16), not over the paper's 16,384. Three random steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -229,22 +230,26 @@ def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0)
 
 
 def score_function_loss(log_prob, advantages):
-    """-mean A log p, valid where p drew the images (paper, sec. 4.3, DDPO_SF). (B,), (B,) -> ()."""
+    """-mean A log_prob, valid where p drew the images (paper, 4.3, DDPO_SF). (B,), (B,) -> ()."""
     return -(advantages * log_prob).mean()
 
 
 def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
-    """mean max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)), ratio = p / p_old. (B,)s -> ().
+    """mean max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)). All (B,) -> ().
 
-    (Paper, sec. 4.3, DDPO_IS, clipped as in PPO, arXiv 1707.06347, eq. 7.)
+    ratio = exp(log_prob - old_log_prob), see `gaussian_step`. (Paper, sec. 4.3, DDPO_IS, clipped as
+    in PPO, arXiv 1707.06347, eq. 7.)
     """
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-# Below, `model` is a StableDiffusion or a StableDiffusion3 (further down), `cond` a list of tensors
-# (B, ...), and `uncond` such a list for one empty prompt.
+# Below, `cond` is a list of tensors (B, ...), `uncond` such a list for one empty prompt, and
+# `model` a StableDiffusion or a StableDiffusion3 (further down), with
+#   predict(x, i, cond)                                 the network's prediction at step i
+#   step(prediction, x, i, x_next=None, noise_scale=1)  x_next, log_prob: `ddim_step` or
+#                                                       `flow_sde_step`, its std times noise_scale
 
 
 def guided(model, x, i, cond, uncond, guidance):
@@ -316,7 +321,7 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
     return x0, states, log_probs
 
 
-# LoRA and gradient checkpointing, by hand
+# LoRA and gradient checkpointing, by hand, so that every pass rounds alike (as in crd.py)
 
 ADAPTERS = ("policy", "ema")
 
@@ -331,7 +336,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.active = "policy"  # None: as pretrained (crd.py's anchor)
+        self.active = "policy"  # None: as pretrained
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         A = torch.randn(rank, base.in_features, device=base.weight.device) / rank
@@ -416,7 +421,7 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # The file's scale is 1 in ours, whose B contains it. The layer's is divided out.
+        # The file's update is scale B A (1 in ours). The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -431,6 +436,8 @@ class Checkpoint(torch.autograd.Function):
     enabled, where kernels can round differently than without, as if the policy had changed. The
     reentrant one gives no gradient to a block whose inputs need none. Here `trigger`, a tensor
     that requires a gradient, makes autograd call back.
+
+    (Without checkpointing there is such a difference, on devices whose kernels make one.)
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -501,7 +508,7 @@ def load_parts(path, config, dtype):
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
             # low_cpu_mem_usage=True rounds buffers such as positions to bf16, where accelerate is
-            # installed. So it is off, except for classes of which diffusers demands it: those with
+            # installed. So it is off where diffusers allows that: it does not for classes with
             # parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
@@ -532,7 +539,7 @@ class StableDiffusion:
         )  # fmt: skip
         expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
         if args.steps >= scheduler["num_train_timesteps"]:
-            raise ValueError(f"--steps exceeds the model's {scheduler['num_train_timesteps']}")
+            raise ValueError(f"--steps has to be below {scheduler['num_train_timesteps']}")
 
     def __init__(self, pipe, args, device):
         self.scheduler = diffusers.DDIMScheduler.from_config(
@@ -735,7 +742,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
             (share * terms["loss"]).backward()
             for name, term in terms.items():
                 totals[name] += share / len(updates) * term.detach()
-        if update == 0:  # totals hold so far 1 / len(updates) of it
+        if update == 0:  # its own mean: the total's part, without the division by len(updates)
             totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
@@ -761,6 +768,8 @@ def check(args):
     K = args.group_size
     if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
         raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
+    if args.name is None and not args.resume:
+        raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
         raise ValueError(f"runs/{args.name} exists: --resume it, or choose another --name")
     for flag in (
@@ -771,8 +780,6 @@ def check(args):
             raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.epochs < 0:
         raise ValueError("--epochs has to be 0, to evaluate only, or more")
-    if args.name is None and not args.resume:
-        raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if args.height % MULTIPLE or args.width % MULTIPLE:
         raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
     if args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
@@ -849,7 +856,9 @@ def run(args, folder, train_epoch):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    unsent = []  # those that Weights & Biases has not heard of: it hears of what is saved
+    # Those that Weights & Biases has not heard of. It hears of an epoch once that is saved, as a
+    # resumed run repeats what was not.
+    unsent = []
     history = {}  # prompt: its last rewards
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
@@ -891,6 +900,7 @@ def run(args, folder, train_epoch):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
+            # Their names hold their weights' folder, such as ocr@judge beside ocr@tiny-sd3.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -899,7 +909,7 @@ def run(args, folder, train_epoch):
         rewards.contact_sheet(epoch_folder / "images.png", images, R.tolist(), held_out)
         rewards.plot_curve(out / "curve.png", metrics)
 
-    def publish():  # a resumed run repeats what was not saved, and would send it twice
+    def publish():
         while args.wandb and unsent:
             line = unsent.pop(0)
             wandb.log({f"{line['split']}/{name}": line[name] for name in line})

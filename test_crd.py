@@ -1329,7 +1329,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
     (ddpo, "sd1", dict(scheduler=dict(timestep_spacing="linspace")), "linspace, not leading or"),
     (ddpo, "sd1", dict(scheduler=dict(thresholding=True)), "thresholding is True"),
     (ddpo, "sd1", dict(scheduler=dict(rescale_betas_zero_snr=True)), "rescale_betas_zero_snr"),
-    (ddpo, "sd1", dict(scheduler=dict(num_train_timesteps=4)), "--steps exceeds the model's 4"),
+    (ddpo, "sd1", dict(scheduler=dict(num_train_timesteps=4)), "--steps has to be below 4"),
 ])  # fmt: skip
 def test_a_model_with_settings_that_would_be_ignored_is_refused(
     sd1, tmp_path, monkeypatch, script, model, settings, message
