@@ -35,7 +35,8 @@ SLOW = f"{ALONE} --sampler-decay 0 0.25 0.01 0.9"  # the sampler at the pace of 
 JUDGES = "ocr@tiny-sd3,ocr@tiny-sd3/judge,clipscore@tiny-sd3/clip,color"
 JPEG = f"--reward compressibility --eval-rewards {JUDGES}"
 SCRIPTS = {"crd": "crd.py", "ddpo": "ddpo.py", "rwr": "tiny-sd3/rwr.py"}
-EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
+# name: (script, epochs, flags after --preset tiny or, for a name with scenes-, --preset scenes)
+EXPERIMENTS = {
     **{f"guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 1.5, 2, 3, 4, 5)},
     "crd": ("crd", 48, ""),
     "reward-alone": ("crd", 48, ALONE),
@@ -88,8 +89,19 @@ EXPERIMENTS = {  # name: (script, epochs, flags after --preset tiny)
     "sf-solver": ("crd", 0, "--lora runs/sf-{seed}/epoch-0192"),
     "is-guided-plain": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048"),
     "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048 --eval-guidance 4"),
+    # The second task
+    **{f"scenes-guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 2, 3, 4)},
+    "scenes-crd": ("crd", 32, ""),
+    "scenes-anchor-alone": ("crd", 16, "--reward-weight 0"),
+    "scenes-reward-alone": ("crd", 16, ALONE),
+    "scenes-is": ("ddpo", 32, ""),
+    "scenes-is-solver": ("crd", 0, "--lora runs/scenes-is-{seed}/epoch-0032"),
 }
 COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
+SCENES_COLUMNS = [
+    "images", "seconds", "geneval@scenes", *[f"geneval@scenes/{task}" for task in rewards.TASKS],
+    "geneval@scenes/overall", "geneval@judge/overall",
+]  # fmt: skip
 TABLES = {  # title: (rows as experiment@epoch, another column)
     "More than distilled guidance": (
         "guidance-1 guidance-1.5 guidance-2 guidance-3 guidance-4 guidance-5 "
@@ -121,6 +133,10 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "tune-jpeg-high@24 jpeg-rwr@24 tune-jpeg-mid@24 tune-jpeg-low@24 "
         "tune-jpeg-sparse-high@24 jpeg-rwr-sparse@24 tune-jpeg-sparse-low@24 "
         "jpeg-is@24 tune-jpeg-is@24 jpeg-sf@96 tune-jpeg-sf@96", "compressibility"),
+    "GenEval on scenes": (
+        "scenes-guidance-1 scenes-guidance-2 scenes-guidance-3 scenes-guidance-4 "
+        "scenes-crd@16 scenes-crd@32 scenes-anchor-alone@16 scenes-reward-alone@16 "
+        "scenes-is-solver", ""),
 }  # fmt: skip
 CURVES = {  # file: (number, title, {experiment: (label, color)})
     "second-reader.png": ("ocr@judge", "Held-out OCR score by a second OCR model", {
@@ -140,9 +156,12 @@ def jobs():
     runs = []
     for name, (script, epochs, flags) in EXPERIMENTS.items():
         # Without training all seeds are one: held-out prompts and their noise are fixed.
-        for seed in (0,) if name.startswith(("guidance", "tune")) else SEEDS:
-            every = f"--seed {seed} --eval-every {max(1, epochs // 6)}"
-            runs.append((f"{name}-{seed}", script, epochs, f"{every} {flags.format(seed=seed)}"))
+        for seed in (0,) if name.startswith(("guidance", "tune", "scenes-guidance")) else SEEDS:
+            preset, every = "tiny", max(1, epochs // 6)
+            if name.startswith("scenes"):
+                preset, every = "scenes", 4
+            start = f"--preset {preset} --seed {seed} --eval-every {every}"
+            runs.append((f"{name}-{seed}", script, epochs, f"{start} {flags.format(seed=seed)}"))
     return runs
 
 
@@ -157,7 +176,7 @@ def evaluations(log):
 
 def run(name, script, epochs, flags):
     """Start a run, or continue one that was stopped. What it prints goes to runs/NAME.log."""
-    start = f"--preset tiny --name {name} {flags}"
+    start = f"--name {name} {flags}"
     if Path(f"runs/{name}/args.json").exists():
         start = f"--resume runs/{name}"
     with open(f"runs/{name}.log", "a") as log:
@@ -191,7 +210,8 @@ def value(log, epoch, number):
 
 def print_table(title, rows, column):
     """Means of the seeds and, in brackets, their range: the largest minus the smallest."""
-    columns = COLUMNS + ([column] if column else [])
+    columns = SCENES_COLUMNS if "scenes" in rows else COLUMNS
+    columns = columns + ([column] if column else [])
     print(f"\n## {title}\n\n| Run | Epochs |", " | ".join(columns), "|")
     print("|---" * (2 + len(columns)) + "|")
     for name, _, epoch in [row.partition("@") for row in rows.split()]:
