@@ -5,11 +5,11 @@ What a reader who knows PPO would not expect:
 
 1. In place of a clipped policy gradient, a regression: the log-ratio of the policy to an older
    self, `old`, is fitted to the reward.
-2. No trajectories: a finished image is noised and its velocity predicted, at a few noise levels,
+2. No trajectories: a finished image is noised and its velocity predicted, at several noise levels,
    so any ODE sampler will do.
-3. No classifier-free guidance in sampling: a penalty, the anchor, teaches the policy what the
-   pretrained model does with guidance. It also guards against reward hacking, and so is strongest
-   where the reward is high.
+3. No classifier-free guidance in sampling: a penalty, the anchor, pulls the policy toward what the
+   pretrained model does with guidance. It is weak where the reward is low and there is much to
+   learn, and strong where it is high, against reward hacking.
 
 Why it works: max_p E_p[R] - beta KL(p || p_old) has the optimum p* = p_old exp(R / beta) / Z, so
 R = beta log(p* / p_old) + beta log Z for any image, whoever drew it. Z is intractable but depends
@@ -24,7 +24,7 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
     R                  an image's reward
     A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-5
-    s                  A / 10 + 1/2, in [0, 1]: takes R's place in the loss, where the 1/2 cancels
+    s                  A / 10 + 1/2, in [0, 1], as in DiffusionNFT: takes R's place in the loss
     n                  R scaled to [0, 1] by the reward's own range: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
     mean               over an image's latents; mean_i over images, mean_K over a group
@@ -36,10 +36,11 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
 L is computed at one noise level; an optimizer step averages it over several that sampling passes
-through. At each, rho has a scale of its own, so beta is a constant to tune, not the KL's weight in
-units of R. While rho = 0, the first term has the gradient of -mean_i A_i rho_i, a policy
-gradient's: 2 from the square, 5 in front, A / 10 = s - mean_K s if no A is clipped, and beta
-cancels. As rho grows, the square stops it at its target.
+through. If no A is clipped, s - mean_K s = A / 10, so the first term pulls rho_i - mean_K rho to
+A_i / (10 beta). (As s is not R, and rho has a scale of its own at each level, beta is a constant to
+tune.) While rho = 0, its gradient is a policy gradient's,
+
+    (5 / beta) mean_i [-2 beta (A_i / 10) grad rho_i] = -mean_i A_i grad rho_i
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
@@ -52,7 +53,8 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
-the policy (ema_update). Everything else is the mathematics above it, and the run around it.
+the policy (ema_update). It is in the section "The algorithm". Above are the mathematics and two
+sections to skip in a first reading: LoRA, and Stable Diffusion 3. Below is the run around it.
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -216,7 +218,7 @@ def implicit_reward(v, v_old, u):
     """
 
     def weighted_error(prediction):
-        # In float32: in bf16, rounding errors would exceed rho.
+        # In float32, whatever comes in: in bf16, rounding errors would exceed rho.
         error = (prediction.float() - u.float()).flatten(1)
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
@@ -259,8 +261,8 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """{name: number}: L for whole groups at one sigma, "loss", its terms, and the variance of rho
-    within groups, to log. Without an anchor v_ref is None."""
+    """{name: number}: "loss" is L for whole groups at one sigma; its terms and the variance of rho
+    within groups are logged. Without an anchor v_ref is None."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -296,8 +298,8 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # Not in the first step, nor where a gap is infinite, next to sigma 1 or 0, nor where it is
-        # more than twice the last one: extrapolating would overshoot.
+        # Gaps next to sigma 1 and 0 are infinite, as is the one before the first step. Where a gap
+        # is more than twice the last one, extrapolating would overshoot.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
@@ -306,7 +308,8 @@ def sample_ode(velocity, noise, sigmas):
     return x
 
 
-# LoRA and gradient checkpointing, by hand, so that every pass rounds alike (as in ddpo.py)
+# LoRA and gradient checkpointing, by hand: where adapters are equal, rho has to be exactly 0. (The
+# same lines are in ddpo.py.)
 
 ADAPTERS = ("policy", "ema", "old", "sampler")
 
@@ -369,8 +372,8 @@ def use_adapter(layers, name):
 
 @torch.no_grad()
 def ema_update(layers, name, decay):
-    """adapter = decay * adapter + (1 - decay) * policy, for A and for B: nearly so for the product
-    B A while the two are close, as they are if they started as copies."""
+    """adapter = decay * adapter + (1 - decay) * policy, for A and for B. Their product is averaged,
+    too, but for decay (1 - decay) dB dA: little between copies of one initialization."""
     for layer in layers.values():
         layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
         layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
@@ -393,7 +396,7 @@ def adapter_state(network):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
-    the network's name in the pipeline, transformer or unet."""
+    the network's name in the pipeline."""
     # Some pipelines return alphas in between.
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
@@ -406,7 +409,8 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # The file's update is scale B A (1 in ours). The layer multiplies by its own scale.
+        # The file's update is scale B A. (In our files B contains the scale, and 1 is left.) The
+        # layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -418,11 +422,9 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? Its non-reentrant variant runs the forward pass with gradients
-    enabled, where kernels can round differently than without, as if the policy had changed. The
-    reentrant one gives no gradient to a block whose inputs need none. Here `trigger`, a tensor
-    that requires a gradient, makes autograd call back.
-
-    (Without checkpointing there is such a difference, on devices whose kernels make one.)
+    enabled, where kernels can round differently than without, as if the policy had changed. (Of an
+    autograd.Function PyTorch runs it without.) The reentrant one gives no gradient to a block whose
+    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -460,7 +462,7 @@ def checkpoint(block, *inputs):
 #                   of this section the network is `pipe.transformer`
 #   schedule        gives the pipeline's own sigmas, from 1, noise, to 0
 #   encode          gives tensors, N in front, whose other sizes are the same in every call: pad to
-#                   --max-sequence-length, and give a mask even if it is all ones
+#                   --max-sequence-length, with a mask, if the network takes one, in every call
 #   velocity        is noise - x0, in float32, guided as the pipeline does it. A guidance embedding
 #                   has the pipeline's default; --anchor-guidance is classifier-free, on top of it
 # A test compares the section with the pipeline:
@@ -504,9 +506,8 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # low_cpu_mem_usage=True rounds buffers such as positions to bf16, where accelerate is
-            # installed. So it is off where diffusers allows that: it does not for classes with
-            # parts to keep in float32.
+            # low_cpu_mem_usage is False, as True would round buffers such as positions to bf16. But
+            # diffusers insists on True for classes with parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -514,7 +515,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers converts a file only if its first tensor needs it: convert the others.
+                # diffusers looks at the first tensor of a file alone: the others may need it, too.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -641,7 +642,8 @@ def average_gradients(parameters):
 
 
 def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, source, reward):
-    """The paper's Algorithm 1, once through. step: the optimizer steps of earlier epochs.
+    """The paper's Algorithm 1, once through. step: the optimizer steps of earlier epochs. source: a
+    set or a file of prompts. reward: what `rewards.load` gives, a function with the range of R.
 
     -> R of all processes' images (PROCESSES * N,); {name: number} to log, of this process.
     """
@@ -654,15 +656,16 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The source's held-out
-    # prompts are not in its "train" stream, nor are those of --eval-prompts.
+    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream is endless,
+    # and has neither the source's held-out prompts nor those of --eval-prompts.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
     noise = torch.randn(N, *shape, generator=generator, device=device)
     x0 = generate(
-        pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, 1.0, args.micro_batch
-    )
+        pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, guidance=1.0,
+        micro_batch=args.micro_batch,
+    )  # fmt: skip
     images = decode(pipe, x0)
     clock.append(time.perf_counter())
 
@@ -749,7 +752,7 @@ def check(args):
         raise ValueError("--group-size has to be 2 or more, --micro-batch a multiple of it")
     if args.groups % (args.steps_per_epoch * PROCESSES):
         raise ValueError("--groups has to be a multiple of --steps-per-epoch times processes")
-    if args.beta <= 0 or args.tau <= 0 or 0 < args.anchor < 1e-4:
+    if args.beta <= 0 or args.tau <= 0 or args.anchor < 1e-4 and args.anchor != 0:
         raise ValueError("--beta and --tau have to be above 0, --anchor 0 or at least 1e-4")
     if len(args.old_decay) != 4 or len(args.sampler_decay) != 4:
         raise ValueError("--old-decay and --sampler-decay take four numbers")
@@ -809,8 +812,8 @@ def run(args, folder):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    # Those that Weights & Biases has not heard of. It hears of an epoch once that is saved, as a
-    # resumed run repeats what was not.
+    # Lines that Weights & Biases lacks. They are sent once the state is saved: else a resumed run
+    # would send them again.
     unsent = []
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
@@ -848,7 +851,7 @@ def run(args, folder):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # Their names hold their weights' folder, such as ocr@judge beside ocr@tiny-sd3.
+            # No name is there twice: they hold the weights' folder, as in ocr@judge.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"

@@ -139,8 +139,8 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The clip is wider, nearly in proportion: log-probabilities are averages over 2,048 latents
-    # (16 x 8 x 16), not over the paper's 16,384. Three random steps are enough to explore.
+    # An eighth of the paper's 16,384 latents (16 x 8 x 16) gives the same density ratio at eight
+    # times the clip; it is ten times as wide. Three random steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -245,83 +245,8 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-# Below, `cond` is a list of tensors (B, ...), `uncond` such a list for one empty prompt, and
-# `model` a StableDiffusion or a StableDiffusion3 (further down), with
-#   predict(x, i, cond)                                 the network's prediction at step i
-#   step(prediction, x, i, x_next=None, noise_scale=1)  x_next, log_prob: `ddim_step` or
-#                                                       `flow_sde_step`, its std times noise_scale
-
-
-def guided(model, x, i, cond, uncond, guidance):
-    """f(uncond) + guidance (f(cond) - f(uncond)), where f is the prediction at step i, an int (or,
-    in rwr.py, (B,), each image's own). Classifier-free guidance, arXiv 2207.12598.
-
-    Sampling and training both come through here, with the same images in a batch, so that both
-    round alike and the first update's ratio is exactly 1.
-    """
-    if guidance == 1.0:
-        return model.predict(x, i, cond)
-    both = [torch.cat([e.expand_as(c), c]) for e, c in zip(uncond, cond)]
-    i = torch.cat([i, i]) if isinstance(i, torch.Tensor) else i
-    f_uncond, f_cond = model.predict(torch.cat([x, x]), i, both).chunk(2)
-    return f_uncond + guidance * (f_cond - f_uncond)
-
-
-def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
-    """The loss of step i, from x to x_next, of B images; and what to log of their ratios."""
-    prediction = guided(model, x, i, cond, uncond, args.guidance)
-    _, log_prob = model.step(prediction, x, i, x_next)  # of the action that was taken
-    if args.algorithm == "sf":
-        loss = score_function_loss(log_prob, A)
-    else:
-        loss = importance_sampling_loss(log_prob, old_log_prob, A, args.clip)
-    change = log_prob.detach() - old_log_prob
-    ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
-    terms = {"loss": loss}
-    if args.algorithm == "is":
-        # Not in nats: log-probabilities are averages over latents.
-        terms["approx_kl"] = change.square().mean() / 2
-        # The share of ratios outside 1 +- clip; the loss drops those on the side A pushes to.
-        terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
-    terms["ratio_error"] = ratio_error.mean()
-    return terms
-
-
-bar = partial(tqdm, leave=False, disable=PROCESS > 0)
-
-
-def batches(start, stop, size):
-    """Slices of at most `size` images."""
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-@torch.no_grad()
-def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, generator=None):
-    """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
-
-    -> x0 (N, ...); states (N, random_steps + 1, ...), x_T and the result of each random step;
-    log_probs (N, random_steps). The steps after the first `random_steps` are part of the
-    environment, like the decoder: their std is 0, and their log-probability, NaN, is dropped.
-    """
-    x0 = torch.empty_like(noise)
-    states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
-    log_probs = noise.new_empty(len(noise), random_steps)
-    for rows in bar(micro_batches, "sample"):
-        x = noise[rows]
-        states[rows, 0] = x
-        c = [part[rows] for part in cond]
-        for i in range(args.steps):
-            prediction = guided(model, x, i, c, uncond, args.guidance)
-            scale = float(i < random_steps)
-            x, log_prob = model.step(prediction, x, i, noise_scale=scale, generator=generator)
-            if i < random_steps:
-                states[rows, i + 1] = x
-                log_probs[rows, i] = log_prob
-        x0[rows] = x
-    return x0, states, log_probs
-
-
-# LoRA and gradient checkpointing, by hand, so that every pass rounds alike (as in crd.py)
+# LoRA and gradient checkpointing, by hand: before the first update ratios have to be exactly 1.
+# (The same lines are in crd.py, the script of CRD.)
 
 ADAPTERS = ("policy", "ema")
 
@@ -384,8 +309,8 @@ def use_adapter(layers, name):
 
 @torch.no_grad()
 def ema_update(layers, name, decay):
-    """adapter = decay * adapter + (1 - decay) * policy, for A and for B: nearly so for the product
-    B A while the two are close, as they are if they started as copies."""
+    """adapter = decay * adapter + (1 - decay) * policy, for A and for B. Their product is averaged,
+    too, but for decay (1 - decay) dB dA: little between copies of one initialization."""
     for layer in layers.values():
         layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
         layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
@@ -408,7 +333,7 @@ def adapter_state(network):
 
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
-    the network's name in the pipeline, transformer or unet."""
+    the network's name in the pipeline."""
     # Some pipelines return alphas in between.
     tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
@@ -421,7 +346,8 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # The file's update is scale B A (1 in ours). The layer multiplies by its own scale.
+        # The file's update is scale B A. (In our files B contains the scale, and 1 is left.) The
+        # layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -433,11 +359,9 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? Its non-reentrant variant runs the forward pass with gradients
-    enabled, where kernels can round differently than without, as if the policy had changed. The
-    reentrant one gives no gradient to a block whose inputs need none. Here `trigger`, a tensor
-    that requires a gradient, makes autograd call back.
-
-    (Without checkpointing there is such a difference, on devices whose kernels make one.)
+    enabled, where kernels can round differently than without, as if the policy had changed. (Of an
+    autograd.Function PyTorch runs it without.) The reentrant one gives no gradient to a block whose
+    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -507,9 +431,8 @@ def load_parts(path, config, dtype):
             part = part_class(config, name)
             precision = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-            # low_cpu_mem_usage=True rounds buffers such as positions to bf16, where accelerate is
-            # installed. So it is off where diffusers allows that: it does not for classes with
-            # parts to keep in float32.
+            # low_cpu_mem_usage is False, as True would round buffers such as positions to bf16. But
+            # diffusers insists on True for classes with parts to keep in float32.
             parts[name], report = part.from_pretrained(
                 path, subfolder=name, dtype=precision, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
@@ -517,7 +440,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers converts a file only if its first tensor needs it: convert the others.
+                # diffusers looks at the first tensor of a file alone: the others may need it, too.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -538,8 +461,9 @@ class StableDiffusion:
             timestep_spacing=["leading", "trailing"], rescale_betas_zero_snr=[False],
         )  # fmt: skip
         expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
-        if args.steps >= scheduler["num_train_timesteps"]:
-            raise ValueError(f"--steps has to be below {scheduler['num_train_timesteps']}")
+        timesteps = scheduler["num_train_timesteps"]
+        if args.steps > timesteps // 2:  # else the last of "trailing" timesteps may be 0
+            raise ValueError(f"--steps has to be at most half of the model's {timesteps}")
 
     def __init__(self, pipe, args, device):
         self.scheduler = diffusers.DDIMScheduler.from_config(
@@ -551,6 +475,7 @@ class StableDiffusion:
         self.shape = (pipe.unet.config.in_channels, args.height // scale, args.width // scale)
         self.eta = args.eta
         self.t = self.scheduler.timesteps.to(device)
+        # As in DDIMScheduler, where it need not be the next one of t.
         self.t_next = self.t - self.scheduler.config.num_train_timesteps // args.steps
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
 
@@ -667,7 +592,78 @@ def decode(pipe, latents):
     return images
 
 
-# The algorithm
+# The algorithm. `model` is a StableDiffusion or a StableDiffusion3, `cond` a list of tensors
+# (B, ...), and `uncond` such a list for one empty prompt.
+
+
+bar = partial(tqdm, leave=False, disable=PROCESS > 0)
+
+
+def batches(start, stop, size):
+    """Slices of at most `size` images."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def guided(model, x, i, cond, uncond, guidance):
+    """f(uncond) + guidance (f(cond) - f(uncond)), where f is the prediction at step i. (Classifier-
+    free guidance, arXiv 2207.12598. In rwr.py i is a tensor (B,), in this file an int.)
+
+    Sampling and training both come through here, with the same images in a batch, so that both
+    round alike and the first update's ratio is exactly 1.
+    """
+    if guidance == 1.0:
+        return model.predict(x, i, cond)
+    both = [torch.cat([e.expand_as(c), c]) for e, c in zip(uncond, cond)]
+    i = torch.cat([i, i]) if isinstance(i, torch.Tensor) else i
+    f_uncond, f_cond = model.predict(torch.cat([x, x]), i, both).chunk(2)
+    return f_uncond + guidance * (f_cond - f_uncond)
+
+
+@torch.no_grad()
+def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, generator=None):
+    """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
+
+    -> x0 (N, ...); states (N, random_steps + 1, ...), x_T and the result of each random step;
+    log_probs (N, random_steps). The steps after the first `random_steps` are part of the
+    environment, like the decoder: DDIM's or the ODE's own, without noise. Their log-probability is
+    NaN, and dropped.
+    """
+    x0 = torch.empty_like(noise)
+    states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
+    log_probs = noise.new_empty(len(noise), random_steps)
+    for rows in bar(micro_batches, "sample"):
+        x = noise[rows]
+        states[rows, 0] = x
+        c = [part[rows] for part in cond]
+        for i in range(args.steps):
+            prediction = guided(model, x, i, c, uncond, args.guidance)
+            scale = float(i < random_steps)
+            x, log_prob = model.step(prediction, x, i, noise_scale=scale, generator=generator)
+            if i < random_steps:
+                states[rows, i + 1] = x
+                log_probs[rows, i] = log_prob
+        x0[rows] = x
+    return x0, states, log_probs
+
+
+def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
+    """The loss of step i, from x to x_next, of B images; and what to log of their ratios."""
+    prediction = guided(model, x, i, cond, uncond, args.guidance)
+    _, log_prob = model.step(prediction, x, i, x_next)  # of the action that was taken
+    if args.algorithm == "sf":
+        loss = score_function_loss(log_prob, A)
+    else:
+        loss = importance_sampling_loss(log_prob, old_log_prob, A, args.clip)
+    change = log_prob.detach() - old_log_prob
+    ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
+    terms = {"loss": loss}
+    if args.algorithm == "is":
+        # Not in nats: log-probabilities are averages over latents.
+        terms["approx_kl"] = change.square().mean() / 2
+        # The share of ratios outside 1 +- clip; the loss drops those on the side A pushes to.
+        terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
+    terms["ratio_error"] = ratio_error.mean()
+    return terms
 
 
 def gather(value):
@@ -711,7 +707,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out.
+    # 1. Roll out. The stream is endless, and has neither the source's held-out prompts nor those of
+    # --eval-prompts.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
@@ -742,7 +739,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
             (share * terms["loss"]).backward()
             for name, term in terms.items():
                 totals[name] += share / len(updates) * term.detach()
-        if update == 0:  # its own mean: the total's part, without the division by len(updates)
+        if update == 0:  # its own mean: undo the division by len(updates)
             totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
@@ -783,7 +780,7 @@ def check(args):
     if args.height % MULTIPLE or args.width % MULTIPLE:
         raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
     if args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
-        raise ValueError("--images: no multiple of --updates, or --group-size, times processes")
+        raise ValueError("--images: a multiple of --updates and --group-size, each times processes")
     if args.algorithm == "sf" and args.updates != 1:
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
@@ -856,8 +853,8 @@ def run(args, folder, train_epoch):
     # A new run, or one that goes on where its state was last saved
     progress = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
     metrics = []  # the lines of metrics.jsonl
-    # Those that Weights & Biases has not heard of. It hears of an epoch once that is saved, as a
-    # resumed run repeats what was not.
+    # Lines that Weights & Biases lacks. They are sent once the state is saved: else a resumed run
+    # would send them again.
     unsent = []
     history = {}  # prompt: its last rewards
     if state_file.exists():
@@ -895,12 +892,13 @@ def run(args, folder, train_epoch):
         micro_batches = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
             x0, _, _ = rollout(
-                model, noise.to(device), held_out_cond, uncond, micro_batches, 0, args
-            )
+                model, noise.to(device), held_out_cond, uncond, micro_batches, random_steps=0,
+                args=args,
+            )  # fmt: skip
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # Their names hold their weights' folder, such as ocr@judge beside ocr@tiny-sd3.
+            # No name is there twice: they hold the weights' folder, as in ocr@judge.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"

@@ -1329,7 +1329,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
     (ddpo, "sd1", dict(scheduler=dict(timestep_spacing="linspace")), "linspace, not leading or"),
     (ddpo, "sd1", dict(scheduler=dict(thresholding=True)), "thresholding is True"),
     (ddpo, "sd1", dict(scheduler=dict(rescale_betas_zero_snr=True)), "rescale_betas_zero_snr"),
-    (ddpo, "sd1", dict(scheduler=dict(num_train_timesteps=4)), "--steps has to be below 4"),
+    (ddpo, "sd1", dict(scheduler=dict(num_train_timesteps=4)), "at most half of the model's 4"),
 ])  # fmt: skip
 def test_a_model_with_settings_that_would_be_ignored_is_refused(
     sd1, tmp_path, monkeypatch, script, model, settings, message
@@ -1861,6 +1861,7 @@ def test_a_large_model_runs_on_a_cpu_if_asked(monkeypatch, script):
     (crd, dict(eval_every=-1), "--eval-every"), (ddpo, dict(eval_images=0), "--eval-images has"),
     (crd, dict(epochs=-1), "--epochs"), (ddpo, dict(epochs=-1), "--epochs"),
     (crd, dict(beta=0), "--beta"), (crd, dict(tau=-1.0), "--tau"),
+    (crd, dict(anchor=-0.1), "--anchor 0 or at least"),
     (crd, dict(anchor=1e-5), "--anchor 0 or"),
     (crd, dict(name=None), "`parse`, which"), (ddpo, dict(name=None), "`parse`, which applies"),
     (crd, dict(height=0), "--height"), (ddpo, dict(micro_batch=-8), "--micro-batch"),
