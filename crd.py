@@ -24,7 +24,7 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
     R                  an image's reward
     A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-5
-    s                  A / 10 + 1/2, in [0, 1], as in DiffusionNFT: takes R's place in the loss
+    s                  A / 10 + 1/2, in [0, 1]: takes R's place in the loss, where the 1/2 cancels
     n                  R scaled to [0, 1] by the reward's own range: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
     mean               over an image's latents; mean_i over images, mean_K over a group
@@ -38,23 +38,25 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
 L is computed at one noise level; an optimizer step averages it over several that sampling passes
 through. If no A is clipped, s - mean_K s = A / 10, so the first term pulls rho_i - mean_K rho to
 A_i / (10 beta). (As s is not R, and rho has a scale of its own at each level, beta is a constant to
-tune.) While rho = 0, its gradient is a policy gradient's,
+tune.) While rho = 0, its gradient is a policy gradient's, thanks to the factor 5 / beta:
 
-    (5 / beta) mean_i [-2 beta (A_i / 10) grad rho_i] = -mean_i A_i grad rho_i
+    (5 / beta) mean_i [-2 beta (A_i / 10) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
+
+where grad mean_K rho drops out, as the A of a group sum to 0.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
     old       follows once per epoch, but stays behind: were it a copy, each epoch would start at
-              rho = 0, and L be little more than a policy gradient, with nothing to stop it
-    sampler   draws the images; follows once per epoch, early in training more closely than `old`,
-              so that the images are those of today's policy
+              rho = 0, and nothing would limit how far the policy drifts from epoch to epoch
+    sampler   draws the images; follows once per epoch, at first more closely than `old`, so that
+              the images are today's policy's
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
-the policy (ema_update). It is in the section "The algorithm". Above are the mathematics and two
-sections to skip in a first reading: LoRA, and Stable Diffusion 3. Below is the run around it.
+the policy (ema_update). The order of this file: settings; the mathematics; LoRA, and Stable
+Diffusion 3 (skip both at first); the algorithm; the run around it.
 
     python crd.py --preset tiny    # the bundled toy model, in minutes on any CPU
     python crd.py --reward ocr     # Stable Diffusion 3.5 Medium learns to spell, on one GPU
@@ -218,7 +220,7 @@ def implicit_reward(v, v_old, u):
     """
 
     def weighted_error(prediction):
-        # In float32, whatever comes in: in bf16, rounding errors would exceed rho.
+        # Computed in bf16, rho would be less than its rounding errors.
         error = (prediction.float() - u.float()).flatten(1)
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
@@ -227,8 +229,8 @@ def implicit_reward(v, v_old, u):
 
 
 def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
-    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,). clip: the
-    one of reward_targets, which is the scale of s.
+    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,). clip has
+    to be that of reward_targets, where s = A / (2 clip) + 1/2.
 
     If tau is finite, mean_K has weights. With softmax(s / tau) images are compared with the best of
     their group, with softmax(-s / tau) with the worst; the loss is the mean of both. Z cancels
@@ -308,8 +310,8 @@ def sample_ode(velocity, noise, sigmas):
     return x
 
 
-# LoRA and gradient checkpointing, by hand: where adapters are equal, rho has to be exactly 0. (The
-# same lines are in ddpo.py.)
+# LoRA and gradient checkpointing, by hand: where adapters are equal, rho has to be exactly 0, so
+# passes with and without gradients have to round alike. (The same lines are in ddpo.py.)
 
 ADAPTERS = ("policy", "ema", "old", "sampler")
 
@@ -372,8 +374,8 @@ def use_adapter(layers, name):
 
 @torch.no_grad()
 def ema_update(layers, name, decay):
-    """adapter = decay * adapter + (1 - decay) * policy, for A and for B. Their product is averaged,
-    too, but for decay (1 - decay) dB dA: little between copies of one initialization."""
+    """adapter = decay * adapter + (1 - decay) * policy, for A and for B. That is not quite the
+    average of B A, but close to it while the two adapters, which started as copies, are close."""
     for layer in layers.values():
         layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
         layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
@@ -397,11 +399,11 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
-    # Some pipelines return alphas in between.
-    tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
+    tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
+    is_variant = is_variant or any(alphas)  # other formats' scales
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
     for name, layer in layers.items():
@@ -422,9 +424,10 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? Its non-reentrant variant runs the forward pass with gradients
-    enabled, where kernels can round differently than without, as if the policy had changed. (Of an
-    autograd.Function PyTorch runs it without.) The reentrant one gives no gradient to a block whose
-    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
+    enabled, where kernels can round differently than without, as if the policy had changed. The
+    reentrant one gives no gradient to a block whose inputs need none. In an autograd.Function like
+    this one the forward pass runs with gradients disabled, as it does in sampling; and `trigger`, a
+    tensor that requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -446,6 +449,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # None of a block whose inputs need no gradient and that has no LoRA
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -515,7 +519,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers looks at the first tensor of a file alone: the others may need it, too.
+                # diffusers decides by a file's first tensor whether to cast: cast the others here.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -526,13 +530,15 @@ def load_pipeline(args, device):
     config = diffusers.DiffusionPipeline.load_config(args.model)
     expect(args.model, config, _class_name=["StableDiffusion3Pipeline"])
     scheduler = part_class(config, "scheduler").from_pretrained(args.model, subfolder="scheduler")
-    transformer = part_class(config, "transformer").load_config(args.model, subfolder="transformer")
-    vae = part_class(config, "vae").load_config(args.model, subfolder="vae")
+    transformer_config = part_class(config, "transformer").load_config(
+        args.model, subfolder="transformer"
+    )
+    vae_config = part_class(config, "vae").load_config(args.model, subfolder="vae")
     expect(
         args.model, scheduler.config, _class_name=["FlowMatchEulerDiscreteScheduler"],
         use_dynamic_shifting=[False], invert_sigmas=[False], stochastic_sampling=[False],
     )  # fmt: skip
-    expect(args.model, transformer, in_channels=[vae["latent_channels"]])
+    expect(args.model, transformer_config, in_channels=[vae_config["latent_channels"]])
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = load_parts(args.model, config, dtype)
@@ -540,7 +546,7 @@ def load_pipeline(args, device):
     pipe.transformer.to(device)
     pipe.vae.to(device)
     scale = pipe.vae_scale_factor
-    return pipe, (transformer["in_channels"], args.height // scale, args.width // scale)
+    return pipe, (vae_config["latent_channels"], args.height // scale, args.width // scale)
 
 
 def schedule(pipe, steps, shape, device):
@@ -656,8 +662,8 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream is endless,
-    # and has neither the source's held-out prompts nor those of --eval-prompts.
+    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream of pairs,
+    # (prompt, metadata), is endless. It lacks held-out prompts: the source's own, --eval-prompts.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]

@@ -5,7 +5,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is the mean of a prompt's most recent rewards.
+3. There is no critic. The baseline is the mean of a prompt's most recent rewards (of the epoch's,
+   while they are few).
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, a
    ratio of 1 + 1e-4 means that densities differ by a factor of 5.) A rounding difference between
@@ -15,8 +16,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
     R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
-    p, p_old           density of a step under the policy; under that of the start of the epoch,
-                       which drew the images
+    p                  density of a step under the policy
+    p_old              the same under the policy that drew the images, at the start of the epoch
     ratio              (p / p_old)^(1 / D) for D latents, by point 4
 
     gradient  mean A grad log p(x_next | x, i, cond) / D     `sf`, score_function_loss
@@ -107,7 +108,7 @@ class Settings:
     guidance: float = arg(5.0, "classifier-free guidance, in training as in sampling")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
-    micro_batch: int = arg(8, "images of an update at once, at most, in sampling as in training")
+    micro_batch: int = arg(8, "images per pass, at most; the same ones in sampling and training")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
     updates: int = arg(4, "optimizer steps per epoch; 1 with sf")
@@ -139,8 +140,8 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # An eighth of the paper's 16,384 latents (16 x 8 x 16) gives the same density ratio at eight
-    # times the clip; it is ten times as wide. Three random steps are enough to explore.
+    # 2,048 latents, an eighth of the paper's: at a clip of 8e-4 densities may differ as much as
+    # there, and 1e-3 is used. Three random steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -177,7 +178,8 @@ def gaussian_step(mean, std, x_next=None, generator=None):
 def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, generator=None):
     """DDIM's stochastic step from x_t to x_next and its log-probability (arXiv 2010.02502, eq. 12).
 
-    noise_pred, x, x_next (B, ...); t, t_next () or (B,) long, timesteps of alphas_cumprod (1000,).
+    noise_pred, x, x_next (B, ...); t, t_next () long, or (B,) as in rwr.py: timesteps, indices of
+    alphas_cumprod (1000,).
     std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers' DDIMScheduler
     with prediction_type="epsilon", clip_sample=False, steps_offset=1, set_alpha_to_one=False. In
     the last step, t_next < 0, alpha_next is alphas_cumprod[0]: if it were 1, std would be 0.
@@ -204,7 +206,8 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     sigma, sigma_next = sigma.view(shape), sigma_next.view(shape)
     dt = sigma_next - sigma
     diffusion = noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
-    # x + (v + correction (x + (1 - sigma) v)) dt, where x + (1 - sigma) v = -sigma score
+    # x + (v + correction (x + (1 - sigma) v)) dt. The predicted noise, x + (1 - sigma) v, is
+    # -sigma score.
     correction = diffusion**2 / (2 * sigma)
     mean = x * (1 + correction * dt) + v * (1 + correction * (1 - sigma)) * dt
     return gaussian_step(mean, diffusion * (-dt).sqrt(), x_next, generator)
@@ -245,8 +248,8 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-# LoRA and gradient checkpointing, by hand: before the first update ratios have to be exactly 1.
-# (The same lines are in crd.py, the script of CRD.)
+# LoRA and gradient checkpointing, by hand: before the first update ratios have to be exactly 1, so
+# passes with and without gradients have to round alike. (The same lines are in crd.py.)
 
 ADAPTERS = ("policy", "ema")
 
@@ -309,8 +312,8 @@ def use_adapter(layers, name):
 
 @torch.no_grad()
 def ema_update(layers, name, decay):
-    """adapter = decay * adapter + (1 - decay) * policy, for A and for B. Their product is averaged,
-    too, but for decay (1 - decay) dB dA: little between copies of one initialization."""
+    """adapter = decay * adapter + (1 - decay) * policy, for A and for B. That is not quite the
+    average of B A, but close to it while the two adapters, which started as copies, are close."""
     for layer in layers.values():
         layer.lora_A[name].lerp_(layer.lora_A["policy"], 1 - decay)
         layer.lora_B[name].lerp_(layer.lora_B["policy"], 1 - decay)
@@ -334,11 +337,11 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
-    # Some pipelines return alphas in between.
-    tensors, *_, config = pipe.lora_state_dict(path, return_lora_metadata=True)
+    tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
+    is_variant = is_variant or any(alphas)  # other formats' scales
     if tensors.keys() != names or is_variant:
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
     for name, layer in layers.items():
@@ -359,9 +362,10 @@ class Checkpoint(torch.autograd.Function):
     """Run a block, keep only its inputs, run it again in the backward pass (arXiv 1604.06174).
 
     Why not torch.utils.checkpoint? Its non-reentrant variant runs the forward pass with gradients
-    enabled, where kernels can round differently than without, as if the policy had changed. (Of an
-    autograd.Function PyTorch runs it without.) The reentrant one gives no gradient to a block whose
-    inputs need none. Here `trigger`, a tensor that requires a gradient, makes autograd call back.
+    enabled, where kernels can round differently than without, as if the policy had changed. The
+    reentrant one gives no gradient to a block whose inputs need none. In an autograd.Function like
+    this one the forward pass runs with gradients disabled, as it does in sampling; and `trigger`, a
+    tensor that requires a gradient, makes autograd call back.
 
     Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
     Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
@@ -383,6 +387,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # None of a block whose inputs need no gradient and that has no LoRA
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -440,7 +445,7 @@ def load_parts(path, config, dtype):
             if missing := list(report["missing_keys"]):
                 raise ValueError(f"{path}: {name} lacks weights, {missing[:3]}")
             for key, p in parts[name].requires_grad_(False).named_parameters():
-                # diffusers looks at the first tensor of a file alone: the others may need it, too.
+                # diffusers decides by a file's first tensor whether to cast: cast the others here.
                 if in_float32.isdisjoint(key.split(".")):
                     p.data = p.data.to(precision)
     return parts
@@ -548,12 +553,12 @@ def load_pipeline(args, device):
     expect(args.model, config, _class_name=list(MODELS))
     model_class = MODELS[config["_class_name"]]
     scheduler = part_class(config, "scheduler").from_pretrained(args.model, subfolder="scheduler")
-    network = part_class(config, model_class.prefix).load_config(
+    network_config = part_class(config, model_class.prefix).load_config(
         args.model, subfolder=model_class.prefix
     )
-    vae = part_class(config, "vae").load_config(args.model, subfolder="vae")
-    expect(args.model, network, in_channels=[vae["latent_channels"]])
-    model_class.check(args, scheduler.config, network)
+    vae_config = part_class(config, "vae").load_config(args.model, subfolder="vae")
+    expect(args.model, network_config, in_channels=[vae_config["latent_channels"]])
+    model_class.check(args, scheduler.config, network_config)
     precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = load_parts(args.model, config, dtype)
@@ -660,7 +665,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     if args.algorithm == "is":
         # Not in nats: log-probabilities are averages over latents.
         terms["approx_kl"] = change.square().mean() / 2
-        # The share of ratios outside 1 +- clip; the loss drops those on the side A pushes to.
+        # The share of ratios outside 1 +- clip. Those on the side A pushes to have no gradient.
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
     terms["ratio_error"] = ratio_error.mean()
     return terms
@@ -707,8 +712,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out. The stream is endless, and has neither the source's held-out prompts nor those of
-    # --eval-prompts.
+    # 1. Roll out. The stream of pairs, (prompt, metadata), is endless. It lacks held-out prompts:
+    # the source's own, --eval-prompts.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
