@@ -25,20 +25,20 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     R                  an image's reward
     A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-5
     s                  A / 10 + 1/2, in [0, 1]: takes R's place in the loss, where the 1/2 cancels
-    n                  R scaled to [0, 1] by the reward's own range: how good the image is
+    n                  R scaled to [0, 1] by the range the reward declares: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
     mean               over an image's latents; mean_i over images, mean_K over a group
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
-          with m = mean |v - u| and m_old = mean |v_old - u|, detached, a heuristic that makes
-          errors comparable across noise levels
+          with m = mean |v - u| and m_old = mean |v_old - u|, detached, a heuristic that brings
+          the errors of all noise levels closer together
     L   = (5 / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2              crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
 L is computed at one noise level; an optimizer step averages it over several that sampling passes
 through. If no A is clipped, s - mean_K s = A / 10, so the first term pulls rho_i - mean_K rho to
 A_i / (10 beta). (As s is not R, and rho has a scale of its own at each level, beta is a constant to
-tune.) While rho = 0, its gradient is a policy gradient's, thanks to the factor 5 / beta:
+tune.) Where rho = 0, as in a run's first step, it has a policy gradient, thanks to its factor:
 
     (5 / beta) mean_i [-2 beta (A_i / 10) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
 
@@ -50,8 +50,8 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
     ema       follows after every optimizer step; evaluated and saved
     old       follows once per epoch, but stays behind: were it a copy, each epoch would start at
               rho = 0, and nothing would limit how far the policy drifts from epoch to epoch
-    sampler   draws the images; follows once per epoch, at first more closely than `old`, so that
-              the images are today's policy's
+    sampler   draws the images; follows once per epoch, at first more closely than `old`, for
+              images of today's policy (the loss could take any)
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
@@ -97,8 +97,9 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 SCENES = f"{TINY}/scenes"
 DECAY_HELP = (
-    "START VALUE SLOPE END of this adapter's decay: after an epoch, at optimizer step t, VALUE if "
-    "t < START, else min(VALUE + SLOPE (t - START), END); 0 copies the policy, 1 changes nothing"
+    "START_STEP START_VALUE SLOPE END_VALUE of this adapter's decay: after an epoch, at optimizer "
+    "step t, START_VALUE if t < START_STEP, else START_VALUE + SLOPE (t - START_STEP), at most "
+    "END_VALUE; 0 copies the policy, 1 changes nothing"
 )
 
 
@@ -115,7 +116,7 @@ class Settings:
 
     # model
     preset: Literal["ocr", "geneval", "tiny", "scenes"] | None = arg(
-        None, "which defaults to change; if not given, ocr for --reward ocr, geneval for any other"
+        None, "which defaults to change; if not given, ocr if --reward has ocr, else geneval"
     )
     model: str = arg("stabilityai/stable-diffusion-3.5-medium", "folder or repo")
     dtype: Literal["bf16", "fp32"] | None = arg(None, "default: bf16 on CUDA only")
@@ -300,8 +301,8 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # Gaps next to sigma 1 and 0 are infinite, as is the one before the first step. Where a gap
-        # is more than twice the last one, extrapolating would overshoot.
+        # Gaps next to sigma 1 and 0 are infinite, as is the one before the first step: those steps
+        # are Euler's. So is one of more than twice the last gap: extrapolating would overshoot.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
@@ -399,6 +400,7 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
+    # Some pipelines return alphas, too.
     tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
@@ -449,7 +451,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # None of a block whose inputs need no gradient and that has no LoRA
+        # Empty for a block without LoRA whose inputs need no gradient
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -649,7 +651,7 @@ def average_gradients(parameters):
 
 def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, source, reward):
     """The paper's Algorithm 1, once through. step: the optimizer steps of earlier epochs. source: a
-    set or a file of prompts. reward: what `rewards.load` gives, a function with the range of R.
+    set or a file of prompts. reward: what `rewards.load` gives.
 
     -> R of all processes' images (PROCESSES * N,); {name: number} to log, of this process.
     """
@@ -663,7 +665,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     clock = [time.perf_counter()]
 
     # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream of pairs,
-    # (prompt, metadata), is endless. It lacks held-out prompts: the source's own, --eval-prompts.
+    # (prompt, metadata), is endless, and without what evaluations draw.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
@@ -690,7 +692,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     totals = defaultdict(float)
     images_per_step = N // args.steps_per_epoch
     for start in bar(range(0, N, images_per_step), "train"):
-        # Indices of sigmas, in random order; the last sigma, 0, is none of them.
+        # Indices of sigmas, in random order; 1, pure noise, is one of them, 0 is not.
         order = torch.randperm(args.rollout_steps, generator=generator, device=device)
         drawn = order[: args.train_timesteps].tolist()
         micro_batches = batches(start, start + images_per_step, args.micro_batch)
@@ -857,7 +859,7 @@ def run(args, folder):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # No name is there twice: they hold the weights' folder, as in ocr@judge.
+            # Names do not collide: they hold the weights' folder, as in ocr@judge.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -872,7 +874,7 @@ def run(args, folder):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else the evaluation above is sent with the first epoch
+    if args.epochs == 0:  # if not, the evaluation above is sent with the first epoch
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

@@ -5,12 +5,12 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is the mean of a prompt's most recent rewards (of the epoch's,
-   while they are few).
+3. There is no critic. The baseline is the mean of a prompt's most recent rewards (until it has
+   --stat-min of them, of the epoch's).
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, a
-   ratio of 1 + 1e-4 means that densities differ by a factor of 5.) A rounding difference between
-   sampling and training would count as a change of the policy: before the first update of an
+   ratio of 1 + 1e-4 means that densities differ by a factor of 5.) In bf16, rounding differently
+   in sampling and in training could change ratios as much: before the first update of an
    epoch all ratios have to be exactly 1. `first_ratio_error` in the log says how far they are off.
 
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
@@ -23,12 +23,13 @@ sampler as a policy. What a reader who knows PPO would not expect:
     gradient  mean A grad log p(x_next | x, i, cond) / D     `sf`, score_function_loss
     or        mean A grad ratio                              `is`, importance_sampling_loss
 
-The mean is over images and their random steps. If the last steps are deterministic, they are not
-actions but part of the environment. At p = p_old both gradients are the same. With `--algorithm sf`
-there is one update, then new images. `--algorithm is` splits an epoch's images over several
-updates. From the second on, the policy is no longer the one that drew them: the ratio corrects for
-that (in part: a D-th root is nearer to 1 than the true weight), and PPO's clip takes out steps
-whose ratio is already above 1 + clip with A > 0, or below 1 - clip with A < 0.
+The mean is over images and their random steps. (If the last steps are deterministic, they are not
+actions but count as part of the environment, although the policy's network takes them.) At p =
+p_old both gradients are the same. With `--algorithm sf` there is one update, then new images.
+`--algorithm is` splits an epoch's images over several updates. From the second on, the policy is no
+longer the one that drew them: the ratio corrects for that (in part: a D-th root is nearer to 1 than
+the true weight), and PPO's clip takes out steps whose ratio is already above 1 + clip with A > 0,
+or below 1 - clip with A < 0.
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
 rewards into advantages (prompt_advantages), and updates the policy on every random step of every
@@ -134,8 +135,8 @@ class Settings:
 
 PRESETS = {
     "sd1": dict(),
-    # As in Flow-GRPO, the last step has no noise, which would stay visible in the image. The clip,
-    # sd1's, is not tuned for 65,536 latents.
+    # The last step adds no noise, as it would stay visible in the image. The clip, sd1's, is not
+    # tuned for 65,536 latents.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
@@ -337,6 +338,7 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
+    # Some pipelines return alphas, too.
     tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
@@ -387,7 +389,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # None of a block whose inputs need no gradient and that has no LoRA
+        # Empty for a block without LoRA whose inputs need no gradient
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -403,7 +405,7 @@ def checkpoint(block, *inputs):
 # diffusers takes them. A test compares a class with that pipeline:
 # MODEL=path python -m pytest -q -k "section and ddpo-" test_crd.py
 
-MULTIPLE = 16  # of an image's sides
+MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
 
 
 def expect(path, settings, **expected):
@@ -467,7 +469,7 @@ class StableDiffusion:
         )  # fmt: skip
         expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
         timesteps = scheduler["num_train_timesteps"]
-        if args.steps > timesteps // 2:  # else the last of "trailing" timesteps may be 0
+        if args.steps > timesteps // 2:  # else "trailing" timesteps may end at 0: no noise
             raise ValueError(f"--steps has to be at most half of the model's {timesteps}")
 
     def __init__(self, pipe, args, device):
@@ -480,7 +482,7 @@ class StableDiffusion:
         self.shape = (pipe.unet.config.in_channels, args.height // scale, args.width // scale)
         self.eta = args.eta
         self.t = self.scheduler.timesteps.to(device)
-        # As in DDIMScheduler, where it need not be the next one of t.
+        # t_next, as DDIMScheduler defines it, is not always the next entry of t.
         self.t_next = self.t - self.scheduler.config.num_train_timesteps // args.steps
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
 
@@ -629,9 +631,8 @@ def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, gener
     """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
 
     -> x0 (N, ...); states (N, random_steps + 1, ...), x_T and the result of each random step;
-    log_probs (N, random_steps). The steps after the first `random_steps` are part of the
-    environment, like the decoder: DDIM's or the ODE's own, without noise. Their log-probability is
-    NaN, and dropped.
+    log_probs (N, random_steps). The steps after the first `random_steps` have no noise: they are
+    ordinary DDIM or ODE steps. Their log-probability is NaN, and dropped.
     """
     x0 = torch.empty_like(noise)
     states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
@@ -665,7 +666,8 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     if args.algorithm == "is":
         # Not in nats: log-probabilities are averages over latents.
         terms["approx_kl"] = change.square().mean() / 2
-        # The share of ratios outside 1 +- clip. Those on the side A pushes to have no gradient.
+        # The share of ratios outside 1 +- clip. If they are so in A's direction, the loss has no
+        # gradient there.
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
     terms["ratio_error"] = ratio_error.mean()
     return terms
@@ -712,8 +714,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out. The stream of pairs, (prompt, metadata), is endless. It lacks held-out prompts:
-    # the source's own, --eval-prompts.
+    # 1. Roll out. The stream of pairs, (prompt, metadata), is endless, and without what evaluations
+    # draw.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
@@ -903,7 +905,7 @@ def run(args, folder, train_epoch):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # No name is there twice: they hold the weights' folder, as in ocr@judge.
+            # Names do not collide: they hold the weights' folder, as in ocr@judge.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -919,7 +921,7 @@ def run(args, folder, train_epoch):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else the evaluation above is sent with the first epoch
+    if args.epochs == 0:  # if not, the evaluation above is sent with the first epoch
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
