@@ -49,7 +49,7 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
     old       follows once per epoch, but stays behind: were it a copy, each epoch would start at
-              rho = 0, and nothing would limit how far the policy drifts from epoch to epoch
+              rho = 0, and L would not limit how far the policy drifts from epoch to epoch
     sampler   draws the images; follows once per epoch, at first more closely than `old`, for
               images of today's policy (the loss could take any)
 
@@ -186,7 +186,7 @@ PRESETS = {
 PRESETS["scenes"] = PRESETS["tiny"] | dict(
     model=SCENES, reward=f"geneval@{SCENES}", prompts=f"{SCENES}/prompts.jsonl",
     eval_prompts=f"{SCENES}/eval.jsonl", eval_rewards=f"geneval@{SCENES}/judge",
-    anchor=1.0, epochs=16, eval_every=4,
+    anchor=0.25, lr=1.5e-3,
 )  # fmt: skip
 
 
@@ -233,9 +233,9 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,). clip has
     to be that of reward_targets, where s = A / (2 clip) + 1/2.
 
-    If tau is finite, mean_K has weights. With softmax(s / tau) images are compared with the best of
-    their group, with softmax(-s / tau) with the worst; the loss is the mean of both. Z cancels
-    with any weights that sum to 1.
+    If tau is finite (an option of the paper's, in no preset), mean_K has weights. With
+    softmax(s / tau) images are compared with the best of their group, with softmax(-s / tau) with
+    the worst; the loss is the mean of both. Z cancels with any weights that sum to 1.
     """
     rho = rho.view(-1, group_size)
     s = s.view(-1, group_size)
@@ -301,8 +301,9 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # Gaps next to sigma 1 and 0 are infinite, as is the one before the first step: those steps
-        # are Euler's. So is one of more than twice the last gap: extrapolating would overshoot.
+        # To extrapolate, this gap and the last have to be finite: from sigma 1 to 0, the first two
+        # steps and the last are Euler's. So is one of more than twice the last gap, as it would
+        # overshoot.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
@@ -394,7 +395,7 @@ def adapter_tensors(layers, adapter):
 def adapter_state(network):
     """All adapters' tensors by the network's names, such as x.lora_A.policy, for state.pt."""
     tensors = network.state_dict()
-    return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
+    return {name: tensors[name] for name in tensors if name.split(".")[-1] in ADAPTERS}
 
 
 def load_lora(layers, pipe, path, prefix):
@@ -769,7 +770,7 @@ def check(args):
     rewards.check_names(args.reward, args.eval_rewards)
     if args.resume:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        for flag in ("rank", "alpha", "lora"):
+        for flag in ("preset", "rank", "alpha", "lora"):
             if getattr(args, flag) != saved[flag]:
                 raise ValueError(f"--{flag} of {args.resume} is {saved[flag]}, and stays so")
     elif args.lora and not Path(args.lora).is_dir():

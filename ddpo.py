@@ -5,8 +5,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is the mean of a prompt's most recent rewards (until it has
-   --stat-min of them, of the epoch's).
+3. There is no critic. The baseline is the mean of a prompt's most recent rewards; of all rewards of
+   the epoch, if the prompt has fewer than --stat-min.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, a
    ratio of 1 + 1e-4 means that densities differ by a factor of 5.) In bf16, rounding differently
@@ -332,7 +332,7 @@ def adapter_tensors(layers, adapter):
 def adapter_state(network):
     """All adapters' tensors by the network's names, such as x.lora_A.policy, for state.pt."""
     tensors = network.state_dict()
-    return {name: tensors[name] for name in tensors if name.endswith(ADAPTERS)}
+    return {name: tensors[name] for name in tensors if name.split(".")[-1] in ADAPTERS}
 
 
 def load_lora(layers, pipe, path, prefix):
@@ -542,7 +542,8 @@ class StableDiffusion3:
 
     def step(self, prediction, x, i, x_next=None, noise_scale=1.0, generator=None):
         level = noise_scale * self.noise_level
-        sigma, sigma_next, sigma_max = self.sigmas[i], self.sigmas[i + 1], self.sigmas[1]
+        sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
+        sigma_max = self.sigmas[1]  # as sigmas[0] is 1
         return flow_sde_step(prediction, x, sigma, sigma_next, sigma_max, level, x_next, generator)
 
 
@@ -746,8 +747,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
             (share * terms["loss"]).backward()
             for name, term in terms.items():
                 totals[name] += share / len(updates) * term.detach()
-        if update == 0:  # its own mean: undo the division by len(updates)
-            totals["first_ratio_error"] = totals["ratio_error"] * len(updates)
+            if update == 0:
+                totals["first_ratio_error"] += share * terms["ratio_error"]
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
         totals["grad_norm"] += norm / len(updates)
@@ -804,7 +805,7 @@ def check(args):
     rewards.check_names(args.reward, args.eval_rewards)
     if args.resume:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        for flag in ("rank", "alpha", "lora"):
+        for flag in ("preset", "rank", "alpha", "lora"):
             if getattr(args, flag) != saved[flag]:
                 raise ValueError(f"--{flag} of {args.resume} is {saved[flag]}, and stays so")
         parts = [(name, weight) for name, _, weight in rewards.parse_spec(args.reward)]

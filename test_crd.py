@@ -1585,7 +1585,7 @@ SCENES = dict(
     (crd, "--preset geneval", GENEVAL | dict(reward="geneval", name="crd-geneval-seed0")),
     (crd, "--preset tiny --lr 0.5", {**CRD_TINY, "lr": 0.5, "name": "crd-tiny-seed0"}),
     (crd, "--preset tiny", CRD_TINY), (ddpo, "--preset tiny", DDPO_TINY),
-    (crd, "--preset scenes", CRD_TINY | SCENES | dict(anchor=1, epochs=16, eval_every=4)),
+    (crd, "--preset scenes", CRD_TINY | SCENES | dict(anchor=0.25, lr=1.5e-3)),
     (ddpo, "--preset scenes", DDPO_TINY | SCENES),
     (ddpo, "", DDPO | dict(name="ddpo-sd1-is-seed0")),
     (ddpo, "--preset sd3", DDPO | dict(
@@ -1669,6 +1669,7 @@ def test_a_resumed_run_cannot_change_what_its_state_depends_on(run, monkeypatch,
         ("--alpha 64", "--alpha of runs/run is 4, and stays so"),
         ("--rank 3", "--rank of runs/run is 2"),
         ("--lora runs/run/epoch-0001", "--lora of runs/run is None"),
+        ("--preset scenes", "--preset of runs/run is tiny, and stays so"),
     ):
         with pytest.raises(ValueError, match=message):
             script.train(script.parse(["--resume", str(folder), *flags.split()]))

@@ -91,9 +91,9 @@ EXPERIMENTS = {
     "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048 --eval-guidance 4"),
     # The second task
     **{f"scenes-guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 2, 3, 4)},
-    "scenes-crd": ("crd", 32, ""),
-    "scenes-anchor-alone": ("crd", 16, "--reward-weight 0"),
-    "scenes-reward-alone": ("crd", 16, ALONE),
+    "scenes-crd": ("crd", 48, ""),
+    "scenes-anchor-alone": ("crd", 24, "--reward-weight 0 --anchor 1 --lr 3e-3"),
+    "scenes-reward-alone": ("crd", 24, "--anchor 0"),
     "scenes-is": ("ddpo", 32, ""),
     "scenes-is-solver": ("crd", 0, "--lora runs/scenes-is-{seed}/epoch-0032"),
 }
@@ -135,7 +135,7 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "jpeg-is@24 tune-jpeg-is@24 jpeg-sf@96 tune-jpeg-sf@96", "compressibility"),
     "GenEval on scenes": (
         "scenes-guidance-1 scenes-guidance-2 scenes-guidance-3 scenes-guidance-4 "
-        "scenes-crd@16 scenes-crd@32 scenes-anchor-alone@16 scenes-reward-alone@16 "
+        "scenes-crd@24 scenes-crd@48 scenes-anchor-alone@24 scenes-reward-alone@24 "
         "scenes-is-solver", ""),
 }  # fmt: skip
 CURVES = {  # file: (number, title, {experiment: (label, color)})
@@ -317,5 +317,8 @@ if __name__ == "__main__":
         words = [prompt.split('"')[1] for prompt, _ in rewards.evaluation_prompts("signs", 6)]
         words = [f'"{word}"' for word in words]
         draw_pairs("before-after.png", "crd-0/epoch-0000", "crd-0/epoch-0024", words)
+        scenes = rewards.read_prompts("tiny-sd3/scenes/eval.jsonl")[:6]
+        prompts = [prompt for prompt, _ in scenes]
+        draw_pairs("scenes.png", "scenes-crd-0/epoch-0000", "scenes-crd-0/epoch-0024", prompts)
         for name in SHEETS.split():
             shutil.copy(f"runs/{name}/images.png", ASSETS / f"{name.replace('/', '-')}.png")
