@@ -99,8 +99,8 @@ EXPERIMENTS = {
 }
 COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
 SCENES_COLUMNS = [
-    "images", "seconds", "geneval@scenes", *[f"geneval@scenes/{task}" for task in rewards.TASKS],
-    "geneval@scenes/overall", "geneval@judge/overall",
+    "images", "geneval@scenes", "geneval@scenes/overall",
+    *[f"geneval@scenes/{task}" for task in rewards.TASKS], "geneval@judge/overall",
 ]  # fmt: skip
 TABLES = {  # title: (rows as experiment@epoch, another column)
     "More than distilled guidance": (
