@@ -671,10 +671,10 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
     noise = torch.randn(N, *shape, generator=generator, device=device)
+    guidance = 1.0
     x0 = generate(
-        pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, guidance=1.0,
-        micro_batch=args.micro_batch,
-    )  # fmt: skip
+        pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, guidance, args.micro_batch
+    )
     images = decode(pipe, x0)
     clock.append(time.perf_counter())
 

@@ -899,10 +899,10 @@ def run(args, folder, train_epoch):
         )
         micro_batches = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
+            random_steps = 0
             x0, _, _ = rollout(
-                model, noise.to(device), held_out_cond, uncond, micro_batches, random_steps=0,
-                args=args,
-            )  # fmt: skip
+                model, noise.to(device), held_out_cond, uncond, micro_batches, random_steps, args
+            )
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
