@@ -401,13 +401,12 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
-    # Some pipelines return alphas, too.
+    # Some pipelines return alphas, too: the scales of other formats.
     tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
     is_variant = config.get(f"{prefix}.use_rslora") or config.get(f"{prefix}.alpha_pattern")
-    is_variant = is_variant or any(alphas)  # other formats' scales
-    if tensors.keys() != names or is_variant:
+    if tensors.keys() != names or is_variant or any(alphas):
         raise ValueError(f"{path} does not hold a plain LoRA of this model's layers")
     for name, layer in layers.items():
         A = tensors[f"{prefix}.{name}.lora_A.weight"]

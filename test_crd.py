@@ -2,7 +2,7 @@
 
     python -m pytest -q test_crd.py
 
-On a CPU, without a network, in five minutes.
+On a CPU, without a network, in five to ten minutes.
 """
 
 import importlib
@@ -1430,18 +1430,19 @@ def test_a_lora_with_another_scale_or_on_other_layers_is_refused(tmp_path, setti
         crd.load_lora(layers, pipe, tmp_path, "transformer")
 
 
-def test_a_lora_in_a_format_with_alphas_is_refused(monkeypatch, tmp_path):
+@in_both_scripts
+def test_a_lora_in_a_format_with_alphas_is_refused(monkeypatch, tmp_path, script):
     """Its scale is not in the tensors. (Some pipelines return such alphas.)"""
     pipe = tiny()
-    layers = crd.add_lora(pipe.transformer, crd.TARGET_MODULES, 2, 4, crd.ADAPTERS)
-    tensors = crd.adapter_tensors(layers, "policy")
+    layers = script.add_lora(pipe.transformer, crd.TARGET_MODULES, 2, 4, script.ADAPTERS)
+    tensors = script.adapter_tensors(layers, "policy")
     tensors = {f"transformer.{name}": tensors[name] for name in tensors}
     read = lambda alphas: lambda path, **options: (tensors, alphas, None)  # noqa: E731
     monkeypatch.setattr(pipe, "lora_state_dict", read(None))
-    crd.load_lora(layers, pipe, tmp_path, "transformer")
+    script.load_lora(layers, pipe, tmp_path, "transformer")
     monkeypatch.setattr(pipe, "lora_state_dict", read({"attn.alpha": 1.0}))
     with pytest.raises(ValueError, match="does not hold a plain LoRA"):
-        crd.load_lora(layers, pipe, tmp_path, "transformer")
+        script.load_lora(layers, pipe, tmp_path, "transformer")
 
 
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeypatch):

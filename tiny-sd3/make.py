@@ -565,38 +565,42 @@ def near_misses(prompt, rng):
     return f'"{word[:i]}{letter}{word[i + 1 :]}" on a {color} sign', f'"{word}" on a {other} sign'
 
 
+def small_clip(tokenizer, width, layers, side):
+    """An untrained CLIPModel for images of side x side pixels, and its image processor."""
+    layers = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=4,
+        num_hidden_layers=layers,
+    )
+    text_config = dict(
+        **layers,
+        vocab_size=len(tokenizer),
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        max_position_embeddings=tokenizer.model_max_length,
+    )
+    config = CLIPConfig(
+        text_config=text_config,
+        vision_config=dict(**layers, image_size=side, patch_size=8),
+        projection_dim=width,
+    )
+    processor = CLIPImageProcessorPil(
+        size={"height": side, "width": side},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return CLIPModel(config).to(DEVICE).train(), processor
+
+
 def train_clip(out, seed, steps=1200, batch=96):
     """CLIP at 1.3 million parameters. Beside the batch's other prompts, each prompt with one letter
     changed and with another color are its negatives, so that it has to read both."""
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed), make_tokenizer()
-    layers = dict(
-        hidden_size=128, intermediate_size=512, num_attention_heads=4, num_hidden_layers=3
-    )
-    model = (
-        CLIPModel(
-            CLIPConfig(
-                text_config=dict(
-                    **layers,
-                    vocab_size=len(tokenizer),
-                    bos_token_id=0,
-                    eos_token_id=1,
-                    pad_token_id=1,
-                    max_position_embeddings=tokenizer.model_max_length,
-                ),
-                vision_config=dict(**layers, image_size=WIDTH, patch_size=8),
-                projection_dim=128,
-            )
-        )
-        .to(DEVICE)
-        .train()
-    )
-    processor = CLIPImageProcessorPil(
-        size={"height": WIDTH, "width": WIDTH},
-        do_center_crop=False,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    model, processor = small_clip(tokenizer, width=128, layers=3, side=WIDTH)
     signs = [
         (p, x)
         for rough in (False, True)
@@ -976,33 +980,7 @@ def train_scene_clip(folder, seed, width=48, rough=False, damage=degrade, steps=
     text of another color or class has to fit worse."""
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed), scene_tokenizer()
-    layers = dict(
-        hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=2
-    )
-    model = (
-        CLIPModel(
-            CLIPConfig(
-                text_config=dict(
-                    **layers,
-                    vocab_size=len(tokenizer),
-                    bos_token_id=0,
-                    eos_token_id=1,
-                    pad_token_id=1,
-                    max_position_embeddings=tokenizer.model_max_length,
-                ),
-                vision_config=dict(**layers, image_size=32, patch_size=8),
-                projection_dim=width,
-            )
-        )
-        .to(DEVICE)
-        .train()
-    )
-    processor = CLIPImageProcessorPil(
-        size={"height": 32, "width": 32},
-        do_center_crop=False,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    model, processor = small_clip(tokenizer, width, layers=2, side=32)
     pixels, crowd = crowds(8000, seed + 1, rough)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
     schedule = warm_up_then_decay(optimizer, steps, 100)
