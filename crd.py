@@ -38,7 +38,8 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
 L is computed at one noise level; an optimizer step averages it over several that sampling passes
 through. If no A is clipped, s - mean_K s = A / 10, so the first term pulls rho_i - mean_K rho to
 A_i / (10 beta). (As s is not R, and rho has a scale of its own at each level, beta is a constant to
-tune.) Where rho = 0, as in a run's first step, it has a policy gradient, thanks to its factor:
+tune.) The factor 5 / beta makes its gradient a policy gradient where rho = 0, as in a run's first
+step:
 
     (5 / beta) mean_i [-2 beta (A_i / 10) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
 
@@ -111,8 +112,8 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A preset changes some defaults (`geneval` none but the reward);
-    flags override them all."""
+    """Everything a run depends on. These defaults are preset `geneval`'s, but for the reward; other
+    presets change some. Flags override them all."""
 
     # model
     preset: Literal["ocr", "geneval", "tiny", "scenes"] | None = arg(
@@ -141,7 +142,7 @@ class Settings:
     anchor: float = arg(0.1, "kappa, the anchor's largest weight; 0: no anchor")
     anchor_guidance: float = arg(4.5, "guidance of the anchor; 1: unguided")
     anchor_adaptive: bool = arg(True, "the anchor grows with the reward; else n = 1 for all images")
-    train_timesteps: int = arg(9, "noise levels in an optimizer step, of those of the rollout")
+    train_timesteps: int = arg(9, "noise levels in an optimizer step, at most all of the rollout's")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
@@ -153,7 +154,7 @@ class Settings:
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
-    name: str | None = arg(None, "folder runs/NAME; default: crd-PRESET (or REWARD)-seedSEED")
+    name: str | None = arg(None, "folder runs/NAME; default: crd-(PRESET or else REWARD)-seedSEED")
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
@@ -301,9 +302,9 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # To extrapolate, this gap and the last have to be finite: from sigma 1 to 0, the first two
-        # steps and the last are Euler's. So is one of more than twice the last gap, as it would
-        # overshoot.
+        # D = x0, Euler's method, in steps that cannot extrapolate. From sigma 1 to 0, those are the
+        # first two, as the first gap is infinite, and the last, whose own gap is. Nor would it be
+        # safe to extrapolate over more than twice the last gap.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
@@ -413,8 +414,8 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # The file's update is scale B A. (In our files B contains the scale, and 1 is left.) The
-        # layer multiplies by its own scale.
+        # The file's update is scale B A. (Files of these scripts state no lora_alpha: their B
+        # contains the scale, so here it is 1.) The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -468,10 +469,10 @@ def checkpoint(block, *inputs):
 #                   of this section the network is `pipe.transformer`
 #   schedule        gives the pipeline's own sigmas, from 1, noise, to 0
 #   encode          gives tensors, N in front, whose other sizes are the same in every call: pad to
-#                   --max-sequence-length, with a mask, if the network takes one, in every call
+#                   --max-sequence-length. Where a network takes a mask, give it one every time
 #   velocity        is noise - x0, in float32, guided as the pipeline does it. A guidance embedding
 #                   has the pipeline's default; --anchor-guidance is classifier-free, on top of it
-# A test compares the section with the pipeline:
+# test_crd.py has tests of sections like this, which compare it with the pipeline:
 # MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
 
 TARGET_MODULES = (
@@ -479,7 +480,7 @@ TARGET_MODULES = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 BLOCKS = ("JointTransformerBlock",)
-MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
+MULTIPLE = 16  # of an image's sides: 8 pixels to a latent (the toys': 4), 2 latents to a patch
 
 
 def expect(path, settings, **expected):
@@ -664,8 +665,8 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream of pairs,
-    # (prompt, metadata), is endless, and without what evaluations draw.
+    # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream is of pairs
+    # (prompt, metadata), endless; what is held out for evaluations is not in it.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
@@ -811,7 +812,8 @@ def run(args, folder):
     if args.compile:
         for block in pipe.transformer.modules():
             if type(block).__name__ in BLOCKS:
-                block.compile(recompile_limit=64)  # beyond 8, the default, blocks run uncompiled
+                # Each adapter, batch size and grad mode is compiled anew, by default only 8 times.
+                block.compile(recompile_limit=64)
     if args.grad_checkpoint:
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
@@ -874,7 +876,7 @@ def run(args, folder):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # if not, the evaluation above is sent with the first epoch
+    if args.epochs == 0:  # a run with epochs publishes this evaluation after the first of them
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

@@ -5,8 +5,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is the mean of a prompt's most recent rewards; of all rewards of
-   the epoch, if the prompt has fewer than --stat-min.
+3. There is no critic. The baseline is the mean of a prompt's most recent rewards or, until there
+   are --stat-min of them, the mean of all rewards of the epoch.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, a
    ratio of 1 + 1e-4 means that densities differ by a factor of 5.) In bf16, rounding differently
@@ -23,13 +23,13 @@ sampler as a policy. What a reader who knows PPO would not expect:
     gradient  mean A grad log p(x_next | x, i, cond) / D     `sf`, score_function_loss
     or        mean A grad ratio                              `is`, importance_sampling_loss
 
-The mean is over images and their random steps. (If the last steps are deterministic, they are not
-actions but count as part of the environment, although the policy's network takes them.) At p =
-p_old both gradients are the same. With `--algorithm sf` there is one update, then new images.
-`--algorithm is` splits an epoch's images over several updates. From the second on, the policy is no
-longer the one that drew them: the ratio corrects for that (in part: a D-th root is nearer to 1 than
-the true weight), and PPO's clip takes out steps whose ratio is already above 1 + clip with A > 0,
-or below 1 - clip with A < 0.
+The mean is over images and their random steps. (The last steps may be deterministic. Then they are
+not actions and get no gradient: what the network does in them counts as part of the environment.)
+At p = p_old both gradients are the same. With `--algorithm sf` there is one update, then new
+images. `--algorithm is` splits an epoch's images over several updates. From the second on, the
+policy is no longer the one that drew them: the ratio corrects for that (in part: a D-th root is
+nearer to 1 than the true weight), and PPO's clip takes out steps whose ratio is already above
+1 + clip with A > 0, or below 1 - clip with A < 0.
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
 rewards into advantages (prompt_advantages), and updates the policy on every random step of every
@@ -141,8 +141,8 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # 2,048 latents, an eighth of the paper's: at a clip of 8e-4 densities may differ as much as
-    # there, and 1e-3 is used. Three random steps are enough to explore.
+    # An image has 2,048 latents, an eighth of the paper's 16,384. At eight times the paper's clip,
+    # 1e-4, densities may differ as much; 1e-3 is used. Three random steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -350,8 +350,8 @@ def load_lora(layers, pipe, path, prefix):
         B = tensors[f"{prefix}.{name}.lora_B.weight"]
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
-        # The file's update is scale B A. (In our files B contains the scale, and 1 is left.) The
-        # layer multiplies by its own scale.
+        # The file's update is scale B A. (Files of these scripts state no lora_alpha: their B
+        # contains the scale, so here it is 1.) The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -401,10 +401,11 @@ def checkpoint(block, *inputs):
 
 # The models. For another one, write another such class and add it to MODELS. In all of them `i`
 # counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
-# diffusers takes them. A test compares a class with that pipeline:
+# diffusers takes them. `step` draws x_next, or scores it if given; noise_scale 0 draws without
+# noise. test_crd.py has tests of sections like this, which compare a class with that pipeline:
 # MODEL=path python -m pytest -q -k "section and ddpo-" test_crd.py
 
-MULTIPLE = 16  # of an image's sides: 8 pixels to a latent, 2 latents to a patch
+MULTIPLE = 16  # of an image's sides: 8 pixels to a latent (the toys': 4), 2 latents to a patch
 
 
 def expect(path, settings, **expected):
@@ -468,7 +469,7 @@ class StableDiffusion:
         )  # fmt: skip
         expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
         timesteps = scheduler["num_train_timesteps"]
-        if args.steps > timesteps // 2:  # else "trailing" timesteps may end at 0: no noise
+        if args.steps > timesteps // 2:  # "trailing" timesteps may end at 0, where std is 0
             raise ValueError(f"--steps has to be at most half of the model's {timesteps}")
 
     def __init__(self, pipe, args, device):
@@ -666,8 +667,8 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     if args.algorithm == "is":
         # Not in nats: log-probabilities are averages over latents.
         terms["approx_kl"] = change.square().mean() / 2
-        # The share of ratios outside 1 +- clip. If they are so in A's direction, the loss has no
-        # gradient there.
+        # The share of ratios outside 1 +- clip. Those above it with A > 0, and those below it with
+        # A < 0, get no gradient.
         terms["clip_fraction"] = (ratio_error > args.clip).float().mean()
     terms["ratio_error"] = ratio_error.mean()
     return terms
@@ -696,7 +697,7 @@ def average_gradients(parameters):
 
 def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, source, reward, history):
     """Sample, score, improve (paper, sec. 4), once through. step: the optimizer steps of earlier
-    epochs; history: see `prompt_advantages`.
+    epochs. source: a set or a file of prompts. history: see `prompt_advantages`.
 
     -> R of all processes' images (PROCESSES * N,); {name: number} to log, of this process.
     """
@@ -714,8 +715,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out. The stream of pairs, (prompt, metadata), is endless, and without what evaluations
-    # draw.
+    # 1. Roll out. The stream is of pairs (prompt, metadata), endless; what is held out for
+    # evaluations is not in it.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
@@ -792,7 +793,8 @@ def check(args):
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
         raise ValueError("--deterministic-steps leaves no step to train on")
-    if not 2 <= args.stat_min <= HISTORY or K > HISTORY:  # a group is part of its own baseline
+    # One reward has no standard deviation; a group is part of its own baseline.
+    if not 2 <= args.stat_min <= HISTORY or K > HISTORY:
         raise ValueError(
             f"{HISTORY} rewards are kept of a prompt: --stat-min is 2 to {HISTORY}, --group-size "
             f"at most {HISTORY}"

@@ -94,8 +94,8 @@ EXPERIMENTS = {
     "scenes-crd": ("crd", 48, ""),
     "scenes-anchor-alone": ("crd", 24, "--reward-weight 0 --anchor 1 --lr 3e-3"),
     "scenes-reward-alone": ("crd", 24, "--anchor 0"),
-    "scenes-is": ("ddpo", 32, ""),
-    "scenes-is-solver": ("crd", 0, "--lora runs/scenes-is-{seed}/epoch-0032"),
+    "scenes-is": ("ddpo", 48, ""),
+    "scenes-is-solver": ("crd", 0, "--lora runs/scenes-is-{seed}/epoch-0048"),
 }
 COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
 SCENES_COLUMNS = [
@@ -159,7 +159,7 @@ def jobs():
         for seed in (0,) if name.startswith(("guidance", "tune", "scenes-guidance")) else SEEDS:
             preset, every = "tiny", max(1, epochs // 6)
             if name.startswith("scenes"):
-                preset, every = "scenes", 4
+                preset, every = "scenes", 8
             start = f"--preset {preset} --seed {seed} --eval-every {every}"
             runs.append((f"{name}-{seed}", script, epochs, f"{start} {flags.format(seed=seed)}"))
     return runs
