@@ -175,6 +175,7 @@ PRESETS = {
         old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
     ),
     "geneval": dict(reward="geneval"),
+    # The toys have no T5. diffusers puts zeros in place of its tokens: one is enough.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
         reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6,
@@ -303,8 +304,8 @@ def sample_ode(velocity, noise, sigmas):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
         # D = x0, Euler's method, in steps that cannot extrapolate. From sigma 1 to 0, those are the
-        # first two, as the first gap is infinite, and the last, whose own gap is. Nor would it be
-        # safe to extrapolate over more than twice the last gap.
+        # first two, as the first gap is infinite, and the last, whose gap is infinite, too. Nor
+        # would it be safe to extrapolate over more than twice the last gap.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + t / sigma * (x - D)
@@ -415,7 +416,7 @@ def load_lora(layers, pipe, path, prefix):
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
         # The file's update is scale B A. (Files of these scripts state no lora_alpha: their B
-        # contains the scale, so here it is 1.) The layer multiplies by its own scale.
+        # contains the scale, so here scale is 1.) The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -452,7 +453,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # Empty for a block without LoRA whose inputs need no gradient
+        # None of them is tracked if a block has no LoRA and its inputs need no gradient.
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -470,10 +471,10 @@ def checkpoint(block, *inputs):
 #   schedule        gives the pipeline's own sigmas, from 1, noise, to 0
 #   encode          gives tensors, N in front, whose other sizes are the same in every call: pad to
 #                   --max-sequence-length. Where a network takes a mask, give it one every time
-#   velocity        is noise - x0, in float32, guided as the pipeline does it. A guidance embedding
-#                   has the pipeline's default; --anchor-guidance is classifier-free, on top of it
-# test_crd.py has tests of sections like this, which compare it with the pipeline:
-# MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
+#   velocity        is noise - x0, in float32, guided as the pipeline does it. A guidance embedding,
+#                   as FLUX has, gets the pipeline's default; --anchor-guidance comes on top of it
+# To compare the section with the pipeline in a folder:
+# MODEL=folder python -m pytest -q -k "section and crd-" test_crd.py
 
 TARGET_MODULES = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -693,7 +694,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     totals = defaultdict(float)
     images_per_step = N // args.steps_per_epoch
     for start in bar(range(0, N, images_per_step), "train"):
-        # Indices of sigmas, in random order; 1, pure noise, is one of them, 0 is not.
+        # Indices of sigmas, in random order: also of sigma 1, pure noise, but not of sigma 0.
         order = torch.randperm(args.rollout_steps, generator=generator, device=device)
         drawn = order[: args.train_timesteps].tolist()
         micro_batches = batches(start, start + images_per_step, args.micro_batch)
@@ -861,7 +862,7 @@ def run(args, folder):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # Names do not collide: they hold the weights' folder, as in ocr@judge.
+            # The scores' names do not collide: they hold the weights' folder, as in ocr@judge.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"

@@ -8,8 +8,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 3. There is no critic. The baseline is the mean of a prompt's most recent rewards or, until there
    are --stat-min of them, the mean of all rewards of the epoch.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
-   only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, a
-   ratio of 1 + 1e-4 means that densities differ by a factor of 5.) In bf16, rounding differently
+   only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, the
+   densities themselves then differ by a factor of 1.0001^16384 = 5.) In bf16, rounding differently
    in sampling and in training could change ratios as much: before the first update of an
    epoch all ratios have to be exactly 1. `first_ratio_error` in the log says how far they are off.
 
@@ -23,8 +23,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
     gradient  mean A grad log p(x_next | x, i, cond) / D     `sf`, score_function_loss
     or        mean A grad ratio                              `is`, importance_sampling_loss
 
-The mean is over images and their random steps. (The last steps may be deterministic. Then they are
-not actions and get no gradient: what the network does in them counts as part of the environment.)
+The mean is over images and those of their steps that have noise. (The last steps may be without:
+they are not actions then, and what the network does in them counts as part of the environment.)
 At p = p_old both gradients are the same. With `--algorithm sf` there is one update, then new
 images. `--algorithm is` splits an epoch's images over several updates. From the second on, the
 policy is no longer the one that drew them: the ratio corrects for that (in part: a D-th root is
@@ -109,7 +109,7 @@ class Settings:
     guidance: float = arg(5.0, "classifier-free guidance, in training as in sampling")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
-    micro_batch: int = arg(8, "images per pass, at most; the same ones in sampling and training")
+    micro_batch: int = arg(8, "images per pass, at most; sampled and trained in the same ones")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
     updates: int = arg(4, "optimizer steps per epoch; 1 with sf")
@@ -141,8 +141,8 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # An image has 2,048 latents, an eighth of the paper's 16,384. At eight times the paper's clip,
-    # 1e-4, densities may differ as much; 1e-3 is used. Three random steps are enough to explore.
+    # An image has 2,048 latents, an eighth of the paper's: a clip of 8e-4 lets densities differ as
+    # much as 1e-4 does there, and 1e-3 is used. Three random steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -351,7 +351,7 @@ def load_lora(layers, pipe, path, prefix):
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
         # The file's update is scale B A. (Files of these scripts state no lora_alpha: their B
-        # contains the scale, so here it is 1.) The layer multiplies by its own scale.
+        # contains the scale, so here scale is 1.) The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -388,7 +388,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # Empty for a block without LoRA whose inputs need no gradient
+        # None of them is tracked if a block has no LoRA and its inputs need no gradient.
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -402,10 +402,10 @@ def checkpoint(block, *inputs):
 # The models. For another one, write another such class and add it to MODELS. In all of them `i`
 # counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
 # diffusers takes them. `step` draws x_next, or scores it if given; noise_scale 0 draws without
-# noise. test_crd.py has tests of sections like this, which compare a class with that pipeline:
-# MODEL=path python -m pytest -q -k "section and ddpo-" test_crd.py
+# noise. To compare the class for the model in a folder with that pipeline:
+# MODEL=folder python -m pytest -q -k "section and ddpo-" test_crd.py
 
-MULTIPLE = 16  # of an image's sides: 8 pixels to a latent (the toys': 4), 2 latents to a patch
+MULTIPLE = 16  # of an image's sides: 8 pixels to a latent (the toys': 4), 2 latents to SD3's patch
 
 
 def expect(path, settings, **expected):
@@ -469,7 +469,8 @@ class StableDiffusion:
         )  # fmt: skip
         expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
         timesteps = scheduler["num_train_timesteps"]
-        if args.steps > timesteps // 2:  # "trailing" timesteps may end at 0, where std is 0
+        # If "trailing", timesteps that are closer than 2 may end at 0, where std is 0.
+        if args.steps > timesteps // 2:
             raise ValueError(f"--steps has to be at most half of the model's {timesteps}")
 
     def __init__(self, pipe, args, device):
@@ -665,7 +666,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
     terms = {"loss": loss}
     if args.algorithm == "is":
-        # Not in nats: log-probabilities are averages over latents.
+        # In nats it is D^2 times as large: these log-probabilities are averages over D latents.
         terms["approx_kl"] = change.square().mean() / 2
         # The share of ratios outside 1 +- clip. Those above it with A > 0, and those below it with
         # A < 0, get no gradient.
@@ -853,7 +854,8 @@ def run(args, folder, train_epoch):
     if args.compile:
         for block in model.network.modules():
             if type(block).__name__ in model.blocks:
-                block.compile(recompile_limit=64)  # beyond 8, the default, blocks run uncompiled
+                # Each adapter, batch size and grad mode is compiled anew, by default only 8 times.
+                block.compile(recompile_limit=64)
     if args.grad_checkpoint:
         model.network.enable_gradient_checkpointing(checkpoint)
     parameters = [p for p in model.network.parameters() if p.requires_grad]
@@ -907,7 +909,7 @@ def run(args, folder, train_epoch):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # Names do not collide: they hold the weights' folder, as in ocr@judge.
+            # The scores' names do not collide: they hold the weights' folder, as in ocr@judge.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -923,7 +925,7 @@ def run(args, folder, train_epoch):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # if not, the evaluation above is sent with the first epoch
+    if args.epochs == 0:  # a run with epochs publishes this evaluation after the first of them
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

@@ -1183,7 +1183,7 @@ def test_the_saved_lora_gives_the_same_image_in_diffusers(run, sd1, script):
 
 # What the scripts make of a model, beside diffusers' own pipeline: to be run on any other model for
 # which a script's model section was rewritten, a folder or a repository, of random weights or not:
-# MODEL=path python -m pytest -q -k "section and crd-" test_crd.py
+# MODEL=folder python -m pytest -q -k "section and crd-" test_crd.py
 
 MODEL = os.environ.get("MODEL")
 CAPTIONS = ["a cat", 'a long wooden sign on a blue wall, with the text "moon"']
