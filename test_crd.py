@@ -2263,17 +2263,31 @@ def test_the_bundled_detectors_judge_scenes(folder):
         assert values[f"{reward.name}/overall"] == pytest.approx(expected, abs=0.05)
 
 
-def test_preset_scenes_trains_on_geneval(tmp_path, monkeypatch):
-    """By one detector, and is judged by another as well; a prompt of each task is held out."""
+def test_a_short_run_on_scenes_raises_the_score(tmp_path, monkeypatch):
+    """GenEval's, of images of the one prompt that is trained on. A prompt of each task is held out,
+    and judged by another detector as well."""
     monkeypatch.chdir(tmp_path)
-    lines = (TINY / "scenes/eval.jsonl").read_text().splitlines(keepends=True)
-    Path("eval.jsonl").write_text("".join(lines[:6]))
-    flags = "--preset scenes --eval-prompts eval.jsonl --groups 2 --group-size 2 --micro-batch 4"
-    folder = crd.train(crd.parse(f"{flags} --steps-per-epoch 1 --epochs 1".split()))
-    before, train, _ = read_metrics(folder)
+    held_out = (TINY / "scenes/eval.jsonl").read_text().splitlines(keepends=True)
+    train = (TINY / "scenes/prompts.jsonl").read_text().splitlines(keepends=True)
+    pizza = next(line for line in train if '"a photo of a white pizza"' in line)
+    Path("held_out.jsonl").write_text("".join(held_out[:6]))
+    Path("pizza.jsonl").write_text(pizza)
+    Path("pizzas.jsonl").write_text(64 * pizza)
+
+    def score(name, flags):
+        flags = f"--preset scenes --name {name} {flags}"
+        return read_metrics(crd.train(crd.parse(flags.split())))
+
+    (start,) = score("start", "--epochs 0 --eval-prompts pizzas.jsonl")
+    before, line, *_ = score(
+        "run", "--prompts pizza.jsonl --eval-prompts held_out.jsonl --epochs 4 --lr 3e-3 --seed 2 "
+        "--groups 4 --group-size 8 --micro-batch 32 --steps-per-epoch 4 --train-timesteps 3",
+    )  # fmt: skip
+    (end,) = score("end", "--epochs 0 --lora runs/run/epoch-0004 --eval-prompts pizzas.jsonl")
+    assert end["reward"] > start["reward"] + 0.1
+    assert line["anchor_loss"] > 0 and "geneval@scenes/overall" in line
     tasks = {f"geneval@scenes/{task}" for task in [*rewards.TASKS, "overall"]}
     assert tasks | {"geneval@judge/overall"} <= before.keys()
-    assert train["anchor_loss"] > 0 and "geneval@scenes/overall" in train
 
 
 @parametrize("name, sign", [("incompressibility", 1), ("compressibility", -1)])
