@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -402,7 +403,7 @@ SHORT = dict(
 )  # fmt: skip
 SHORTER = {
     crd: dict(groups=2, steps_per_epoch=1, rollout_steps=2, train_timesteps=1, eval_steps=2),
-    ddpo: dict(images=8, steps=4, deterministic_steps=1, stat_min=2, guidance=2.0),
+    ddpo: dict(images=8, updates=2, steps=4, deterministic_steps=1, stat_min=2, guidance=2.0),
 }
 SHORTER[rwr] = SHORTER[ddpo]
 
@@ -613,7 +614,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, sd1, script, setti
 
 
 SCRIPT = """
-import sys
+import os, sys
 sys.path.insert(0, {path!r})
 import torch, rewards, test_crd
 from types import SimpleNamespace
@@ -630,7 +631,7 @@ def spy_all_reduce(flat):
     return all_reduce(flat)
 
 def spy_loss(*args, **options):
-    seen.append(args[{A}])
+    seen.append(args[1])  # s, or A
     losses.append(loss(*args, **options))
     return losses[-1]
 
@@ -655,11 +656,14 @@ script.{loss} = spy_loss
 rewards.Incompressibility.score_all = spy_score
 torch.nn.utils.clip_grad_norm_ = spy_clip
 torch.distributed.all_reduce = spy_all_reduce
-if "--resume" in sys.argv:
-    args = script.parse()
-else:
-    args = test_crd.short(script, name="two", epochs=1, lora="lora", wandb="project", **{settings})
-script.train(args)
+script.train(
+    test_crd.short(script, name="two", epochs=1, lora="lora", wandb="project", **{settings})
+)
+started.clear()
+losses.clear()
+# The processes cannot meet a second time where torchrun let them meet.
+os.environ |= {{"MASTER_PORT": sys.argv[1], "TORCHELASTIC_USE_AGENT_STORE": "False"}}
+script.train(script.parse(["--resume", "runs/two", "--epochs", "2"]))
 """
 
 
@@ -668,14 +672,14 @@ def test_two_processes_stay_identical_and_finish(run, script):
     """Each draws its own images and learns from their rewards, with the mean of both gradients. All
     rewards together decide their advantages. So it is from a LoRA, and after a stop."""
     (run(script, "first", 1, lr=0.1) / "epoch-0001").rename("lora")
-    settings = dict(groups=4) if script is crd else dict(updates=1, stat_min=32)
-    loss, A = ("crd_loss", 1) if script is crd else ("importance_sampling_loss", 2)
-    names = {"path": str(TINY.parent), "name": script.__name__, "loss": loss, "A": A}
+    loss = "crd_loss" if script is crd else "score_function_loss"
+    settings = dict(groups=4) if script is crd else dict(updates=1, stat_min=32, algorithm="sf")
+    names = {"path": str(TINY.parent), "name": script.__name__, "loss": loss}
     Path("both.py").write_text(SCRIPT.format(**names, settings=settings))
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run([*torchrun, "--nproc-per-node=2", "both.py"], check=True)
-    flags = ["--resume", "runs/two", "--epochs", "2"]
-    subprocess.run([*torchrun, "--nproc-per-node=2", "both.py", *flags], check=True)
+    subprocess.run([*torchrun, "--nproc-per-node=2", "both.py", port], check=True)
     first, second = (torch.load(f"seen-{rank}.pt") for rank in (0, 1))
     assert_close(first[0], second[0], rtol=0, atol=0)
     assert_close(first[3], second[3], rtol=0, atol=0)  # the policy's weights
@@ -696,7 +700,8 @@ def test_two_processes_stay_identical_and_finish(run, script):
     assert lines[-2]["incompressibility"] == pytest.approx(R.mean().item())
     assert lines[-2]["detail"] == lines[-2]["other"] == 3  # which the other process lacks
     expected = (first[5] + second[5]).item() / 2
-    assert lines[-2]["crd_loss" if script is crd else "loss"] == pytest.approx(expected)
+    loss = lines[-2]["crd_loss" if script is crd else "loss"]
+    assert loss == pytest.approx(expected, abs=1e-6)
     if script is ddpo:
         history = torch.load("runs/two/state.pt")["history"]
         assert [len(x) for x in history.values()] == [2] * 8  # of four prompts an epoch
@@ -1126,7 +1131,8 @@ HAS_RECOMPILE_LIMIT = "recompile_limit" in inspect.signature(torch.compile).para
 @in_both_scripts
 def test_a_compiled_run_does_the_same(run, monkeypatch, script):
     """With torch's graphs and PyTorch's kernels (to compile kernels takes minutes on a CPU); beyond
-    8 graphs, too, and where another thread recomputes, as on a GPU."""
+    the number of graphs that torch allows, too, and where another thread recomputes, as on a GPU.
+    """
     compile = torch.nn.Module.compile
     backward = torch.Tensor.backward
     graphs = []
@@ -1145,12 +1151,18 @@ def test_a_compiled_run_does_the_same(run, monkeypatch, script):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_to_graphs)
     monkeypatch.setattr(torch.Tensor, "backward", backward_in_a_thread)
+    pipe = tiny()
+    config = {**pipe.transformer.config, "num_layers": 1}
+    pipe.transformer = diffusers.SD3Transformer2DModel.from_config(config)
+    pipe.save_pretrained("small")
+    settings = dict(model="small", grad_checkpoint=True)
     tensors = []
     for name in ("plain", "compiled"):
-        folder = run(script, name, 1, grad_checkpoint=True, compile=name == "compiled")
+        with torch._dynamo.config.patch(recompile_limit=2):
+            folder = run(script, name, 1, compile=name == "compiled", **settings)
         tensors.append(load_file(folder / "epoch-0001" / LORA))
     assert_close(*tensors, rtol=1e-4, atol=1e-6)
-    assert len(graphs) > 8
+    assert len(graphs) > 2
 
 
 @in_both_scripts
