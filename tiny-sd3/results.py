@@ -9,6 +9,7 @@ none, .github/assets/runs.tgz is unpacked: their metrics.jsonl, and the images s
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -297,6 +298,24 @@ def draw_pairs(file, before, after, captions):
         pen.text((x, y), lines, "black", small if len(caption) > 8 else font, "mm", align="center")
     pen.text((130, 2 * (height + 12) + 24), "asked for", "#64748b", font, "rm")
     grid.save(ASSETS / file)
+
+
+def tesseract(images, prompts, metadata):
+    """A judge that shares nothing with the toy's OCR models, the program `tesseract`, as a reward:
+    PYTHONPATH=tiny-sd3 python crd.py --preset tiny --epochs 0 --lora runs/crd-0/epoch-0024 \\
+        --eval-rewards results.tesseract"""
+    scores = []
+    for image, prompt in zip(images, prompts):
+        large = image.convert("L").resize((4 * image.width, 4 * image.height), Image.LANCZOS)
+        file = io.BytesIO()
+        large.save(file, "PNG")
+        command = ["tesseract", "-", "-", "--psm", "7"]  # one line of text
+        process = subprocess.run(command, input=file.getvalue(), capture_output=True, check=True)
+        scores.append(rewards.edit_similarity(rewards.quoted(prompt), process.stdout.decode()))
+    return scores
+
+
+tesseract.range = (0, 1)
 
 
 if __name__ == "__main__":
