@@ -1158,7 +1158,8 @@ def test_a_compiled_run_does_the_same(run, monkeypatch, script):
     settings = dict(model="small", grad_checkpoint=True)
     tensors = []
     for name in ("plain", "compiled"):
-        with torch._dynamo.config.patch(recompile_limit=2):
+        limit = dict(recompile_limit=1, fail_on_recompile_limit_hit=True)  # unless a script sets it
+        with torch._dynamo.config.patch(limit):
             folder = run(script, name, 1, compile=name == "compiled", **settings)
         tensors.append(load_file(folder / "epoch-0001" / LORA))
     assert_close(*tensors, rtol=1e-4, atol=1e-6)
