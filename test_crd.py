@@ -700,9 +700,10 @@ def test_two_processes_stay_identical_and_finish(run, script):
     assert lines[-2]["incompressibility"] == pytest.approx(R.mean().item())
     assert lines[-2]["detail"] == lines[-2]["other"] == 3  # which the other process lacks
     expected = (first[5] + second[5]).item() / 2
-    loss = lines[-2]["crd_loss" if script is crd else "loss"]
-    assert loss == pytest.approx(expected, abs=1e-6)
-    if script is ddpo:
+    if script is crd:
+        assert lines[-2]["crd_loss"] == pytest.approx(expected)
+    else:  # terms of size 1 cancel
+        assert lines[-2]["loss"] == pytest.approx(expected, abs=1e-6)
         history = torch.load("runs/two/state.pt")["history"]
         assert [len(x) for x in history.values()] == [2] * 8  # of four prompts an epoch
 
@@ -1156,9 +1157,9 @@ def test_a_compiled_run_does_the_same(run, monkeypatch, script):
     pipe.transformer = diffusers.SD3Transformer2DModel.from_config(config)
     pipe.save_pretrained("small")
     settings = dict(model="small", grad_checkpoint=True)
+    limit = dict(recompile_limit=1, fail_on_recompile_limit_hit=True)  # where a script sets none
     tensors = []
     for name in ("plain", "compiled"):
-        limit = dict(recompile_limit=1, fail_on_recompile_limit_hit=True)  # unless a script sets it
         with torch._dynamo.config.patch(limit):
             folder = run(script, name, 1, compile=name == "compiled", **settings)
         tensors.append(load_file(folder / "epoch-0001" / LORA))
@@ -2281,22 +2282,23 @@ def test_a_short_run_on_scenes_raises_the_score(tmp_path, monkeypatch):
     and judged by another detector as well."""
     monkeypatch.chdir(tmp_path)
     held_out = (TINY / "scenes/eval.jsonl").read_text().splitlines(keepends=True)
-    train = (TINY / "scenes/prompts.jsonl").read_text().splitlines(keepends=True)
-    pizza = next(line for line in train if '"a photo of a white pizza"' in line)
+    prompts = (TINY / "scenes/prompts.jsonl").read_text().splitlines(keepends=True)
+    pizza = next(line for line in prompts if '"a photo of a white pizza"' in line)
     Path("held_out.jsonl").write_text("".join(held_out[:6]))
     Path("pizza.jsonl").write_text(pizza)
     Path("pizzas.jsonl").write_text(64 * pizza)
 
-    def score(name, flags):
+    def train_and_read(name, flags):
         flags = f"--preset scenes --name {name} {flags}"
         return read_metrics(crd.train(crd.parse(flags.split())))
 
-    (start,) = score("start", "--epochs 0 --eval-prompts pizzas.jsonl")
-    before, line, *_ = score(
+    (start,) = train_and_read("start", "--epochs 0 --eval-prompts pizzas.jsonl")
+    before, line, *_ = train_and_read(
         "run", "--prompts pizza.jsonl --eval-prompts held_out.jsonl --epochs 4 --lr 3e-3 --seed 2 "
         "--groups 4 --group-size 8 --micro-batch 32 --steps-per-epoch 4 --train-timesteps 3",
     )  # fmt: skip
-    (end,) = score("end", "--epochs 0 --lora runs/run/epoch-0004 --eval-prompts pizzas.jsonl")
+    flags = "--epochs 0 --lora runs/run/epoch-0004 --eval-prompts pizzas.jsonl"
+    (end,) = train_and_read("end", flags)
     assert end["reward"] > start["reward"] + 0.1
     assert line["anchor_loss"] > 0 and "geneval@scenes/overall" in line
     tasks = {f"geneval@scenes/{task}" for task in [*rewards.TASKS, "overall"]}

@@ -567,14 +567,14 @@ def near_misses(prompt, rng):
 
 def small_clip(tokenizer, width, layers, side):
     """An untrained CLIPModel for images of side x side pixels, and its image processor."""
-    layers = dict(
+    tower = dict(
         hidden_size=width,
         intermediate_size=4 * width,
         num_attention_heads=4,
         num_hidden_layers=layers,
     )
     text_config = dict(
-        **layers,
+        **tower,
         vocab_size=len(tokenizer),
         bos_token_id=0,
         eos_token_id=1,
@@ -583,7 +583,7 @@ def small_clip(tokenizer, width, layers, side):
     )
     config = CLIPConfig(
         text_config=text_config,
-        vision_config=dict(**layers, image_size=side, patch_size=8),
+        vision_config=dict(**tower, image_size=side, patch_size=8),
         projection_dim=width,
     )
     processor = CLIPImageProcessorPil(
