@@ -88,7 +88,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw(prompt, rng, rough=False):
-    """The picture of a prompt such as `"moon" on a blue sign`: (image, boxes), a box (x0, y0, x1,
+    """Draw a prompt such as `"moon" on a blue sign`: (image, boxes), a box (x0, y0, x1,
     y1) a letter. rough: the letters have shapes that the image model never sees."""
     word, color = prompt.split('"')[1], prompt.split()[-2]
     wall = rng.randint(205, 235)
@@ -134,7 +134,7 @@ def to_tensor(image):
 
 
 def dataset(size, seed):
-    """Prompts and pictures: (list of str, uint8 tensor (size, 3, 32, 64))."""
+    """Prompts and images: (list of str, uint8 tensor (size, 3, 32, 64))."""
     rng = random.Random(seed)
     stream = rewards.sign_prompts("train", rng)
     prompts = [next(stream) for _ in range(size)]
@@ -308,7 +308,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def reading_data(size, seed, rough=False):
-    """Signs to learn to read: prompts, pictures (size, 3, 32, 64) in uint8, boxes around the words
+    """Signs to learn to read: prompts, images (size, 3, 32, 64) in uint8, boxes around the words
     (size, 4).
 
     Half of the words are the transformer's; half are up to four random letters or gaps, so that the
@@ -410,7 +410,7 @@ def train_detector(folder, seed, build, rough=False, damage=degrade, steps=900, 
         "image_std": [0.225, 0.224, 0.229],
         "limit_side_len": WIDTH,
         "limit_type": "resize_long",
-    }  # shrinks larger pictures
+    }  # shrinks larger images
     mean, std = (
         torch.tensor(settings[key], device=DEVICE).view(3, 1, 1)
         for key in ("image_mean", "image_std")
@@ -484,8 +484,8 @@ def train_recognizer(
         air = torch.empty(batch, 4).uniform_(0, 3.5) * torch.tensor([-1, -1, 1, 1])
         cuts = (boxes[rows] + air).round().long().clamp(min=0).tolist()
         x = torch.zeros(batch, 3, height, width)
-        for row, picture, (x0, y0, x1, y1) in zip(x, damage(pixels[rows].float()), cuts):
-            crop = picture[:, y0:y1, x0:x1]
+        for row, image, (x0, y0, x1, y1) in zip(x, damage(pixels[rows].float()), cuts):
+            crop = image[:, y0:y1, x0:x1]
             scaled = min(math.ceil(height * crop.shape[2] / crop.shape[1]), width)
             row[:, :, :scaled] = rewards.resize(crop, (height, scaled)) / 127.5 - 1
         answers = [
@@ -720,7 +720,7 @@ def stamp(name, x, y, radius, angle):
 
 
 def row(count, rng):
-    """Corners of `count` cells side by side, in the middle of the picture."""
+    """Corners of `count` cells side by side, in the middle of the image."""
     left = (WIDTH - count * CELL) // 2
     return [(left + i * CELL, (HEIGHT - CELL) // 2) for i in range(count)]
 
@@ -787,7 +787,7 @@ def outline(mask):
 
 
 def paint(objects, rng):
-    """The picture of (class, color, mask) on a gray wall."""
+    """Draw (class, color, mask) on a gray wall."""
     wall = rng.choice(WALLS) + rng.randint(-6, 6)
     image = Image.new("RGB", (WIDTH, HEIGHT), (wall, wall, wall))
     for _, color, mask in objects:
@@ -796,7 +796,7 @@ def paint(objects, rng):
 
 
 def miss_by_one(metadata, rng):
-    """Metadata like these, but for one count, class, color or place: of a wrong picture."""
+    """Metadata like these, but for one count, class, color or place: of a wrong image."""
     include = copy.deepcopy(metadata["include"])
     wanted = rng.choice(include)
     names = [name for name in SHAPES if name not in [other["class"] for other in include]]
@@ -816,14 +816,14 @@ def miss_by_one(metadata, rng):
 
 
 def scenes(size, seed):
-    """Prompts and pictures: (list of str, uint8 tensor (size, 3, 32, 64))."""
+    """Prompts and images: (list of str, uint8 tensor (size, 3, 32, 64))."""
     rng = random.Random(seed)
     pairs = list(itertools.islice(scene_prompts(seed), size))
-    pictures = [
+    images = [
         to_tensor(paint(place(include, cells_for(include, rng), rng), rng))
         for include in tqdm([m["include"] for _, m in pairs], desc="draw", leave=False)
     ]
-    return [prompt for prompt, _ in pairs], torch.stack(pictures)
+    return [prompt for prompt, _ in pairs], torch.stack(images)
 
 
 def scene_tokenizer():
@@ -835,11 +835,11 @@ def scene_tokenizer():
 
 
 def crowds(size, seed, rough=False):
-    """Pictures to find objects in: uint8 tensor (size, 3, 32, 64), and [(class, color, mask)] for
+    """Images to find objects in: uint8 tensor (size, 3, 32, 64), and [(class, color, mask)] for
     each. One to six objects of up to three classes, in any of GenEval's colors: more than a prompt
     asks for, so that a detector counts what is there and does not guess."""
     rng = random.Random(seed)
-    pictures, crowd = [], []
+    images, crowd = [], []
     for _ in tqdm(range(size), desc="draw", leave=False):
         names = rng.choices(rng.sample(list(SHAPES), rng.randint(1, 3)), k=rng.randint(1, 6))
         corners = anywhere(len(names), rng)
@@ -853,21 +853,21 @@ def crowds(size, seed, rough=False):
         corners = [(x + right, y + down) for x, y in corners]
         include = [{"class": name, "count": 1, "color": rng.choice([*PAINTS])} for name in names]
         objects = place(include, corners, rng, rough)
-        pictures.append(to_tensor(paint(objects, rng)))
+        images.append(to_tensor(paint(objects, rng)))
         crowd.append(
             [
                 (name, color, to_tensor(outline(mask).convert("RGB"))[0] // 255)
                 for name, color, mask in objects
             ]
         )
-    return torch.stack(pictures), crowd
+    return torch.stack(images), crowd
 
 
 CENTERS = [(x, y) for x in range(8, WIDTH, 8) for y in range(8, HEIGHT, 8)]
 
 
 def find_targets(crowd):
-    """What each query has to find of pictures' (class, color, mask): the object with its center
+    """What each query has to find of images' (class, color, mask): the object with its center
     nearest to the query's. -> classes (N, queries), 80 for none; index of the object, -1 for none
     (N, queries)."""
     classes = torch.full((len(crowd), len(CENTERS)), len(rewards.CLASSES))
@@ -883,7 +883,7 @@ def find_targets(crowd):
 
 
 def scene_detector(embed_dim=16, width=64, layers=3):
-    """Mask2Former narrowed. Its masks have half of the picture's resolution, not a quarter."""
+    """Mask2Former narrowed. Its masks have half of the image's resolution, not a quarter."""
     backbone = SwinConfig(
         image_size=HEIGHT,
         patch_size=2,
@@ -932,7 +932,7 @@ def detection_loss(output, classes, masks):
 
 
 def train_scene_detector(folder, seed, build, rough=False, damage=degrade, steps=2500, batch=32):
-    """A model that finds the objects in damaged pictures.
+    """A model that finds the objects in damaged images.
 
     Each of its queries has a place to look at. (With the published loss, which assigns objects to
     the queries that fit best, objects are found twice for a long time.) In the end all logits are
@@ -963,15 +963,13 @@ def train_scene_detector(folder, seed, build, rough=False, damage=degrade, steps
     model.eval().half().save_pretrained(folder)
 
 
-def cut_out(picture, mask, side=32):
+def cut_out(image, mask, side=32):
     """An object (3, side, side) as `rewards.GenEval` shows it to CLIP: its box, with all else in
     gray. Its edge is off by up to a pixel, as a detector's is."""
     soft = F.avg_pool2d(mask[None, None].float(), 3, stride=1, padding=1)[0]
     mask = soft > torch.empty(()).uniform_(0.15, 0.5)
     rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
-    crop = torch.where(mask, picture, 153.0)[
-        :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1
-    ]
+    crop = torch.where(mask, image, 153.0)[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return F.interpolate(crop[None], (side, side), mode="bicubic", antialias=True)[0].clamp(0, 255)
 
 
@@ -989,8 +987,8 @@ def train_scene_clip(folder, seed, width=48, rough=False, damage=degrade, steps=
         chosen = [rng.choice(crowd[i]) for i in rows]
         x = torch.stack(
             [
-                cut_out(picture, mask)
-                for picture, (*_, mask) in zip(damage(pixels[rows].float()), chosen)
+                cut_out(image, mask)
+                for image, (*_, mask) in zip(damage(pixels[rows].float()), chosen)
             ]
         )
         wording = "a photo of a " + rng.choice(("{} {}", "{}-colored {}", "{} object"))
