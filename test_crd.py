@@ -2051,7 +2051,7 @@ def turned(box, degrees):
 
 @parametrize("degrees", [-40, -8, -3, 2, 15, 44])
 def test_a_tilted_line_has_a_tilted_box(degrees):
-    """Cut out, it is level: here, in the picture as in the map, dark on the left."""
+    """Cut out, it is level: here, in the image as in the map, dark on the left."""
     image = Image.new("RGB", (200, 200), "black")
     line = turned((40, 90, 160, 110), degrees)
     corners = [tuple(corner) for corner in line.tolist()]
@@ -2705,15 +2705,15 @@ def test_captions_have_two_digits_and_curves_the_points_of_their_split(tmp_path,
     assert [round(x) for x, _ in evaluations] == [110, 680]
 
 
-def test_a_picture_of_curves_has_three_panels_in_a_row(tmp_path):
+def test_an_image_of_curves_has_three_panels_in_a_row(tmp_path):
     numbers = dict(reward=0.5, a=0.5, b=1.0, c=2.0, d=3.0)  # reward is a's: no sum
     metrics = [{"split": "eval", "epoch": i, "images": i, **numbers} for i in range(3)]
     rewards.plot_curve(tmp_path / "curve.png", metrics)
-    picture = Image.open(tmp_path / "curve.png").convert("L")
-    assert picture.size == (3 * 360, 2 * 240)
+    image = Image.open(tmp_path / "curve.png").convert("L")
+    assert image.size == (3 * 360, 2 * 240)
     for i in range(6):
         x, y = i % 3 * 360, i // 3 * 240
-        is_blank = picture.crop((x, y, x + 360, y + 240)).getextrema() == (255, 255)
+        is_blank = image.crop((x, y, x + 360, y + 240)).getextrema() == (255, 255)
         assert is_blank == (i >= 4)
 
 
@@ -3324,6 +3324,40 @@ def test_every_experiment_is_one_that_its_script_would_run(results):
         else:
             assert args.images % args.updates == args.images % args.group_size == 0
             assert (args.algorithm == "sf") == (args.updates == 1)
+
+
+def test_a_table_has_the_images_that_crds_solver_drew_with_ddpos_loras(
+    results, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "is-guided-0"
+    folder.mkdir(parents=True)
+    args = ddpo.parse("--preset tiny --guidance 4".split())
+    (folder / "args.json").write_text(json.dumps(vars(args)))
+    none = {"epoch": 0, "step": 0, "images": 0, "seconds": 0.0}
+    counters = {"epoch": 48, "step": 192, "images": 9216, "seconds": 500.0}
+    lines = [{"split": "eval", "reward": 0.6} | none, {"split": "train"} | counters]
+    lines.append({"split": "eval", "reward": 0.8} | counters)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    drawn = []
+
+    def draw(name, script, flags):
+        drawn.append(crd.parse(flags.split()))
+        evaluation = tmp_path / "runs" / drawn[-1].name
+        evaluation.mkdir()
+        line = {"split": "eval", "reward": 0.7} | none
+        (evaluation / "metrics.jsonl").write_text(json.dumps(line))
+
+    assert not results.evaluations(results.read_log("is-guided-0"))
+    monkeypatch.setattr(results, "execute", draw)
+    results.run("is-guided-0", "ddpo", 48, "")
+    assert [x.lora[-10:] for x in drawn] == ["epoch-0000", "epoch-0048"]
+    assert {(x.epochs, x.eval_guidance, x.reward) for x in drawn} == {(0, 4.0, args.reward)}
+    line = results.evaluations(results.read_log("is-guided-0"))[48]
+    assert line == {"split": "eval", "reward": 0.7} | counters
+    own = results.evaluations(results.read_log("is-guided-0", own_sampler=True))
+    assert own[48]["reward"] == 0.8
 
 
 def test_no_table_has_a_number_that_the_archived_runs_do_not_give(

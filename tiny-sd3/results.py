@@ -35,6 +35,7 @@ FAST = f"{ALONE} --old-decay 0 0 0.001 0.5"  # `old` at the pace of the preset's
 SLOW = f"{ALONE} --sampler-decay 0 0.25 0.01 0.9"  # the sampler at the pace of its `old`
 JUDGES = "ocr@tiny-sd3,ocr@tiny-sd3/judge,clipscore@tiny-sd3/clip,color"
 JPEG = f"--reward compressibility --eval-rewards {JUDGES}"
+SMALL = f"--reward results.SmallFiles --eval-rewards {JUDGES}"
 SCRIPTS = {"crd": "crd.py", "ddpo": "ddpo.py", "rwr": "tiny-sd3/rwr.py"}
 # name: (script, epochs, flags after --preset tiny or, for a name with scenes-, --preset scenes)
 EXPERIMENTS = {
@@ -57,9 +58,8 @@ EXPERIMENTS = {
     "strong": ("crd", 12, "--anchor-guidance 1 --anchor 1"),
     "strong-constant": ("crd", 12, "--anchor-guidance 1 --anchor 1 --no-anchor-adaptive"),
     "strong-mean": ("crd", 12, "--anchor-guidance 1 --anchor 0.41 --no-anchor-adaptive"),
-    "weak": ("crd", 48, "--anchor 0.002"),
-    "weak-constant": ("crd", 48, "--anchor 0.002 --no-anchor-adaptive"),
-    "weak-mean": ("crd", 48, "--anchor 0.0013 --no-anchor-adaptive"),
+    "hack": ("crd", 8, f"{SMALL} --anchor 0.04"),
+    "hack-mean": ("crd", 8, f"{SMALL} --anchor 0.015 --no-anchor-adaptive"),
     # Tuning, on seed 0
     "tune-preset": ("crd", 24, ""),
     "tune-24-steps": ("crd", 12, "--train-timesteps 3 --steps-per-epoch 24"),
@@ -83,22 +83,18 @@ EXPERIMENTS = {
     "tune-jpeg-sparse-low": ("rwr", 24, f"{JPEG} --sparse --lr 5e-4"),
     "tune-jpeg-is": ("ddpo", 24, JPEG),
     "tune-jpeg-sf": ("ddpo", 96, f"{JPEG} --algorithm sf --images 48"),
-    # A LoRA of a run above, evaluated anew: CRD's with guidance, DDPO's by the solver of crd.py
+    # A LoRA of a run above, evaluated anew: CRD's with guidance, guided DDPO's without
     "crd-guided": ("crd", 0, "--lora runs/crd-{seed}/epoch-0024 --eval-guidance 1.5"),
     "crd-guided-48": ("crd", 0, "--lora runs/crd-{seed}/epoch-0048 --eval-guidance 1.5"),
-    "is-solver": ("crd", 0, "--lora runs/is-{seed}/epoch-0048"),
-    "sf-solver": ("crd", 0, "--lora runs/sf-{seed}/epoch-0192"),
     "is-guided-plain": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048"),
-    "is-guided-solver": ("crd", 0, "--lora runs/is-guided-{seed}/epoch-0048 --eval-guidance 4"),
     # The second task
     **{f"scenes-guidance-{w}": ("crd", 0, f"--eval-guidance {w}") for w in (1, 2, 3, 4)},
     "scenes-crd": ("crd", 48, ""),
     "scenes-anchor-alone": ("crd", 24, "--reward-weight 0 --anchor 1 --lr 3e-3"),
     "scenes-reward-alone": ("crd", 24, "--anchor 0"),
     "scenes-is": ("ddpo", 48, ""),
-    "scenes-is-solver": ("crd", 0, "--lora runs/scenes-is-{seed}/epoch-0048"),
 }
-COLUMNS = ["images", "seconds", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
+COLUMNS = ["images", "ocr@tiny-sd3", "ocr@judge", "clipscore@clip", "color"]
 SCENES_COLUMNS = [
     "images", "geneval@scenes", "geneval@scenes/overall",
     *[f"geneval@scenes/{task}" for task in rewards.TASKS], "geneval@judge/overall",
@@ -113,16 +109,17 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "rho_std"),
     "(ii) The guided anchor": (
         "crd@24 unguided@24 reward-alone@24 crd@48 unguided@48 reward-alone@48", ""),
-    "(iii) The adaptive anchor": (
-        "strong@12 strong-constant@12 strong-mean@12 weak@48 weak-constant@48 weak-mean@48",
-        "images to 0.4"),
+    "(iii) The adaptive anchor, early": (
+        "strong@12 strong-constant@12 strong-mean@12", "images to 0.4"),
+    "(iii) The adaptive anchor, late": (
+        "hack@2 hack-mean@2 hack@4 hack-mean@4 hack@6 hack-mean@6 hack@8 hack-mean@8",
+        "compressibility"),
     "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
         "jpeg-is@0 jpeg-is@24 jpeg-sf@96 jpeg-rwr@24 jpeg-rwr-sparse@24", "compressibility"),
-    "CRD and DDPO": ("crd@24 crd@48 is@48 sf@192 is-guided@0 is-guided@48 is-guided@96", ""),
-    "CRD and DDPO by one solver": (
-        "crd@24 crd-guided crd@48 crd-guided-48 is-solver sf-solver is-guided-plain "
-        "is-guided-solver", ""),
+    "CRD and DDPO": (
+        "guidance-1 is@48 sf@192 crd@24 crd@48 "
+        "guidance-4 is-guided@48 is-guided@96 is-guided-plain crd-guided crd-guided-48", ""),
     "Tuning CRD": (
         "tune-preset@12 tune-24-steps@12 tune-beta-3@12 tune-old@12 tune-beta-0.1@12 "
         "tune-group-16@12 tune-preset@24 tune-reward-alone@48 tune-unguided@48", ""),
@@ -137,7 +134,11 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "GenEval on scenes": (
         "scenes-guidance-1 scenes-guidance-2 scenes-guidance-3 scenes-guidance-4 "
         "scenes-crd@24 scenes-crd@48 scenes-anchor-alone@24 scenes-reward-alone@24 "
-        "scenes-is-solver", ""),
+        "scenes-is@48", ""),
+}  # fmt: skip
+OWN_SAMPLER = {  # tables of images by DDPO's own sampler; all others are by the solver of crd.py
+    "DDPO and reward-weighted regression", "The same, rewarded for small files",
+    "Tuning reward-weighted regression", "Tuning the same for small files",
 }  # fmt: skip
 CURVES = {  # file: (number, title, {experiment: (label, color)})
     "second-reader.png": ("ocr@judge", "Held-out OCR score by a second OCR model", {
@@ -166,24 +167,54 @@ def jobs():
     return runs
 
 
-def read_log(name):
-    path = Path(f"runs/{name}/metrics.jsonl")
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+def read_log(name, own_sampler=False):
+    """The lines of a run's metrics.jsonl. Evaluations of ddpo.py and rwr.py are those of the same
+    LoRAs by crd.py, where it has drawn them, unless their own are asked for."""
+    folder = Path("runs", name)
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    if own_sampler or EXPERIMENTS[name.rpartition("-")[0]][0] == "crd":
+        return log
+    lines = [line for line in log if line["split"] == "train"]
+    for epoch, line in evaluations(log).items():
+        drawn = folder / f"solver-{epoch:04d}" / "metrics.jsonl"
+        if drawn.exists():
+            counters = {key: line[key] for key in ("epoch", "step", "images", "seconds")}
+            lines.append(json.loads(drawn.read_text()) | counters)
+    return lines
 
 
 def evaluations(log):
     return {line["epoch"]: line for line in log if line["split"] == "eval"}
 
 
-def run(name, script, epochs, flags):
-    """Start a run, or continue one that was stopped. What it prints goes to runs/NAME.log."""
-    start = f"--name {name} {flags}"
-    if Path(f"runs/{name}/args.json").exists():
-        start = f"--resume runs/{name}"
+def execute(name, script, flags):
+    """Run a script on one thread. What it prints goes to runs/NAME.log."""
     with open(f"runs/{name}.log", "a") as log:
-        command = [sys.executable, SCRIPTS[script], *f"{start} --epochs {epochs}".split()]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=one_thread, stdout=log, stderr=log, check=True)
+        command = [sys.executable, SCRIPTS[script], *flags.split()]
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tiny-sd3"}
+        subprocess.run(command, env=variables, stdout=log, stderr=log, check=True)
+
+
+def run(name, script, epochs, flags):
+    """Make a run, or continue one that was stopped. Then have crd.py draw the LoRAs of a run of
+    another script, so that all images of a table are drawn by one solver."""
+    if epochs not in evaluations(read_log(name, own_sampler=True)):
+        stopped = Path(f"runs/{name}/args.json").exists()
+        first = f"--resume runs/{name}" if stopped else f"--name {name} {flags}"
+        execute(name, script, f"{first} --epochs {epochs}")
+    args = json.loads(Path(f"runs/{name}/args.json").read_text())
+    to_draw = evaluations(read_log(name, own_sampler=True)).keys() - evaluations(read_log(name))
+    for epoch in sorted(to_draw):
+        drawn = f"{name}/solver-{epoch:04d}"
+        shutil.rmtree(f"runs/{drawn}", ignore_errors=True)  # of an evaluation that was stopped
+        execute(
+            name, "crd",
+            f"--preset {args['preset']} --name {drawn} --lora runs/{name}/epoch-{epoch:04d} "
+            f"--eval-guidance {args['guidance']} --reward {args['reward']} "
+            f"--eval-rewards {args['eval_rewards']} --epochs 0",
+        )  # fmt: skip
 
 
 def run_missing():
@@ -217,13 +248,13 @@ def print_table(title, rows, column):
     print("|---" * (2 + len(columns)) + "|")
     for name, _, epoch in [row.partition("@") for row in rows.split()]:
         epoch = int(epoch or 0)
-        logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
+        logs = [read_log(f"{name}-{seed}", title in OWN_SAMPLER) for seed in SEEDS]
         logs = [log for log in logs if epoch in evaluations(log)]
         cells = []
         for number in columns if logs else ():
             values = [value(log, epoch, number) for log in logs]
             mean = fmean(values)
-            digits = 0 if "images" in number or number == "seconds" else 3
+            digits = 0 if "images" in number else 3
             cells.append(f"{mean:,.{digits}f}")
             if len(logs) > 1 and number != "images":
                 cells[-1] += f" ({max(values) - min(values):.{digits}f})"
@@ -298,6 +329,13 @@ def draw_pairs(file, before, after, captions):
         pen.text((x, y), lines, "black", small if len(caption) > 8 else font, "mm", align="center")
     pen.text((130, 2 * (height + 12) + 24), "asked for", "#64748b", font, "rm")
     grid.save(ASSETS / file)
+
+
+class SmallFiles(rewards.Compressibility):
+    """The same reward with the range of the toy's images, by which the anchor adapts: from about
+    the pretrained model's mean to images without a word."""
+
+    range = (-2.2, -1.6)
 
 
 def tesseract(images, prompts, metadata):
