@@ -43,7 +43,7 @@ EXPERIMENTS = {
     "crd": ("crd", 48, ""),
     "reward-alone": ("crd", 48, ALONE),
     "is": ("ddpo", 48, ""),
-    "is-guided": ("ddpo", 96, "--guidance 4"),
+    "is-guided": ("ddpo", 48, "--guidance 4"),
     "anchor-alone": ("crd", 48, "--reward-weight 0"),
     "both-fast": ("crd", 48, FAST),
     "both-slow": ("crd", 48, SLOW),
@@ -59,6 +59,7 @@ EXPERIMENTS = {
     "strong-constant": ("crd", 12, "--anchor-guidance 1 --anchor 1 --no-anchor-adaptive"),
     "strong-mean": ("crd", 12, "--anchor-guidance 1 --anchor 0.41 --no-anchor-adaptive"),
     "hack": ("crd", 8, f"{SMALL} --anchor 0.04"),
+    "hack-alone": ("crd", 4, f"{SMALL} --anchor 0"),
     "hack-mean": ("crd", 8, f"{SMALL} --anchor 0.015 --no-anchor-adaptive"),
     # Tuning, on seed 0
     "tune-preset": ("crd", 24, ""),
@@ -112,14 +113,15 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
     "(iii) The adaptive anchor, early": (
         "strong@12 strong-constant@12 strong-mean@12", "images to 0.4"),
     "(iii) The adaptive anchor, late": (
-        "hack@2 hack-mean@2 hack@4 hack-mean@4 hack@6 hack-mean@6 hack@8 hack-mean@8",
+        "hack-alone@1 hack-alone@2 hack-alone@4 hack@2 hack@4 hack@6 hack@8 "
+        "hack-mean@2 hack-mean@4 hack-mean@6 hack-mean@8",
         "compressibility"),
     "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
         "jpeg-is@0 jpeg-is@24 jpeg-sf@96 jpeg-rwr@24 jpeg-rwr-sparse@24", "compressibility"),
     "CRD and DDPO": (
         "guidance-1 is@48 sf@192 crd@24 crd@48 "
-        "guidance-4 is-guided@48 is-guided@96 is-guided-plain crd-guided crd-guided-48", ""),
+        "guidance-4 is-guided@48 is-guided-plain crd-guided crd-guided-48", ""),
     "Tuning CRD": (
         "tune-preset@12 tune-24-steps@12 tune-beta-3@12 tune-old@12 tune-beta-0.1@12 "
         "tune-group-16@12 tune-preset@24 tune-reward-alone@48 tune-unguided@48", ""),
