@@ -3338,7 +3338,11 @@ def test_a_table_has_the_images_that_crds_solver_drew_with_ddpos_loras(
     counters = {"epoch": 48, "step": 192, "images": 9216, "seconds": 500.0}
     lines = [{"split": "eval", "reward": 0.6} | none, {"split": "train"} | counters]
     lines.append({"split": "eval", "reward": 0.8} | counters)
+    lines.append({"split": "eval"} | counters | {"epoch": 40})  # whose LoRA is not there
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for epoch in ("epoch-0000", "epoch-0048"):
+        (folder / epoch).mkdir()
+        (folder / epoch / LORA).touch()
 
     drawn = []
 
@@ -3367,6 +3371,7 @@ def test_no_table_has_a_number_that_the_archived_runs_do_not_give(
     with tarfile.open(here / results.ASSETS / "runs.tgz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
+    assert not any(results.undrawn(name, script) for name, script, _, _ in results.jobs())
     for title, (rows, column) in results.TABLES.items():
         results.print_table(title, rows, column)
     printed = capsys.readouterr().out

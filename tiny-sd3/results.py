@@ -199,29 +199,42 @@ def execute(name, script, flags):
         subprocess.run(command, env=variables, stdout=log, stderr=log, check=True)
 
 
+def undrawn(name, script):
+    """Epochs whose LoRA, saved by ddpo.py or rwr.py, crd.py has yet to draw. (The archive has no
+    LoRAs.)"""
+    if script == "crd":
+        return []
+    epochs = evaluations(read_log(name, own_sampler=True)).keys() - evaluations(read_log(name))
+    lora = "runs/{}/epoch-{:04d}/pytorch_lora_weights.safetensors"
+    return [epoch for epoch in sorted(epochs) if Path(lora.format(name, epoch)).exists()]
+
+
 def run(name, script, epochs, flags):
     """Make a run, or continue one that was stopped. Then have crd.py draw the LoRAs of a run of
     another script, so that all images of a table are drawn by one solver."""
+    settings = Path(f"runs/{name}/args.json")
     if epochs not in evaluations(read_log(name, own_sampler=True)):
-        stopped = Path(f"runs/{name}/args.json").exists()
-        first = f"--resume runs/{name}" if stopped else f"--name {name} {flags}"
+        first = f"--resume runs/{name}" if settings.exists() else f"--name {name} {flags}"
         execute(name, script, f"{first} --epochs {epochs}")
-    args = json.loads(Path(f"runs/{name}/args.json").read_text())
-    to_draw = evaluations(read_log(name, own_sampler=True)).keys() - evaluations(read_log(name))
-    for epoch in sorted(to_draw):
-        drawn = f"{name}/solver-{epoch:04d}"
-        shutil.rmtree(f"runs/{drawn}", ignore_errors=True)  # of an evaluation that was stopped
+    for epoch in undrawn(name, script):
+        args = json.loads(settings.read_text())
+        evaluation = f"{name}/solver-{epoch:04d}"
+        shutil.rmtree(f"runs/{evaluation}", ignore_errors=True)  # of one that was stopped
         execute(
             name, "crd",
-            f"--preset {args['preset']} --name {drawn} --lora runs/{name}/epoch-{epoch:04d} "
-            f"--eval-guidance {args['guidance']} --reward {args['reward']} "
-            f"--eval-rewards {args['eval_rewards']} --epochs 0",
+            f"--preset {args['preset']} --name {evaluation} --epochs 0 "
+            f"--lora runs/{name}/epoch-{epoch:04d} --eval-guidance {args['guidance']} "
+            f"--reward {args['reward']} --eval-rewards {args['eval_rewards']}",
         )  # fmt: skip
 
 
 def run_missing():
     Path("runs").mkdir(exist_ok=True)
-    missing = [job for job in jobs() if job[2] not in evaluations(read_log(job[0]))]
+    missing = []
+    for name, script, epochs, flags in jobs():
+        made = epochs in evaluations(read_log(name, own_sampler=True))
+        if not made or undrawn(name, script):
+            missing.append((name, script, epochs, flags))
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(run, *job) for job in missing]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
@@ -271,10 +284,10 @@ def plot(file, number, title, names):
     """Against images scored: thin lines are seeds, thick ones their means, labeled at their end."""
     curves = {}
     for name in names:
-        logs = [read_log(f"{name}-{seed}") for seed in SEEDS]
-        points = [evaluations(log).values() for log in logs if log]
+        runs = [evaluations(read_log(f"{name}-{seed}")).values() for seed in SEEDS]
+        points = [{line["images"]: line[number] for line in run} for run in runs if run]
         if points:
-            curves[name] = [{line["images"]: line[number] for line in run} for run in points]
+            curves[name] = points
     seeds = [curve for name in curves for curve in curves[name]]
     most = max(max(curve) for curve in seeds)
     low = math.floor(10 * min(min(curve.values()) for curve in seeds))
