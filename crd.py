@@ -22,26 +22,26 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     v, v_old           u as predicted by the policy, and by `old`
     v_ref              u as predicted by the pretrained model with guidance: the anchor's target
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
+    mean               over an image's latents; mean_i over images, mean_K over a group
     R                  an image's reward
-    A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-5
-    s                  A / 10 + 1/2, in [0, 1]: takes R's place in the loss, where the 1/2 cancels
+    A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-clip, 5
+    s                  A / (2 clip) + 1/2, in [0, 1]: R's place in the loss, where the 1/2 cancels
     n                  R scaled to [0, 1] by the range the reward declares: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
-    mean               over an image's latents; mean_i over images, mean_K over a group
 
     rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m,                         implicit_reward
           with m = mean |v - u| and m_old = mean |v_old - u|, detached, a heuristic that brings
           the errors of all noise levels closer together
-    L   = (5 / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2              crd_loss
+    L   = (clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2           crd_loss
           + mean_i kappa_i mean (v - v_ref)^2,  where kappa_i grows with n_i           anchor_loss
 
 L is computed at one noise level; an optimizer step averages it over several that sampling passes
-through. If no A is clipped, s - mean_K s = A / 10, so the first term pulls rho_i - mean_K rho to
-A_i / (10 beta). (As s is not R, and rho has a scale of its own at each level, beta is a constant to
-tune.) The factor 5 / beta makes its gradient a policy gradient where rho = 0, as in a run's first
-step:
+through. If no A is clipped, s - mean_K s = A / (2 clip), so the first term pulls rho_i - mean_K rho
+to A_i / (2 clip beta). (As s is not R, and rho has a scale of its own at each level, beta is a
+constant to tune.) The factor clip / beta makes its gradient a policy gradient where rho = 0, as in
+a run's first step:
 
-    (5 / beta) mean_i [-2 beta (A_i / 10) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
+    (clip / beta) mean_i [-2 beta A_i / (2 clip) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
 
 where grad mean_K rho drops out, as the A of a group sum to 0.
 
@@ -49,8 +49,8 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
-    old       follows once per epoch, but stays behind: were it a copy, each epoch would start at
-              rho = 0, and L would not limit how far the policy drifts from epoch to epoch
+    old       follows once per epoch and stays behind, so that rho keeps some of what earlier
+              epochs changed: L limits the drift over several epochs, not within one alone
     sampler   draws the images; follows once per epoch, at first more closely than `old`, for
               images of today's policy (the loss could take any)
 
@@ -100,7 +100,7 @@ SCENES = f"{TINY}/scenes"
 DECAY_HELP = (
     "START_STEP START_VALUE SLOPE END_VALUE of this adapter's decay: after an epoch, at optimizer "
     "step t, START_VALUE if t < START_STEP, else START_VALUE + SLOPE (t - START_STEP), at most "
-    "END_VALUE; 0 copies the policy, 1 changes nothing"
+    "END_VALUE; a decay of 0 copies the policy, one of 1 changes nothing"
 )
 
 
@@ -112,8 +112,8 @@ def arg(default, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. These defaults are preset `geneval`'s, but for the reward; other
-    presets change some. Flags override them all."""
+    """Everything a run depends on. These defaults are preset `ocr`'s; other presets change some.
+    Flags override them all."""
 
     # model
     preset: Literal["ocr", "geneval", "tiny", "scenes"] | None = arg(
@@ -145,11 +145,11 @@ class Settings:
     train_timesteps: int = arg(9, "noise levels in an optimizer step, at most all of the rollout's")
     # optimization
     epochs: int = arg(300, "in all; 0: only evaluate")
-    steps_per_epoch: int = arg(1, "optimizer steps; the groups are split evenly among them")
+    steps_per_epoch: int = arg(2, "optimizer steps; the groups are split evenly among them")
     micro_batch: int = arg(24, "images at once, at most; whole groups")
     lr: float = arg(3e-4, "AdamW learning rate")
-    old_decay: list[float] = arg([0, 0.25, 0.001, 0.5], DECAY_HELP)
-    sampler_decay: list[float] = arg([0, 0, 0.001, 0.5], DECAY_HELP)
+    old_decay: list[float] = arg([0, 0.25, 0.005, 0.999], DECAY_HELP)
+    sampler_decay: list[float] = arg([75, 0.0, 0.0075, 0.999], DECAY_HELP)
     ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
@@ -170,18 +170,19 @@ class Settings:
 PRESETS = {
     # Paper, Table 3. `sampler` is a copy of the policy up to step 75. In the end it and `old` are
     # nearly frozen, against drift: images become off-policy, which the loss allows.
-    "ocr": dict(
-        reward="ocr", steps_per_epoch=2,
-        old_decay=[0, 0.25, 0.005, 0.999], sampler_decay=[75, 0.0, 0.0075, 0.999],
+    "ocr": dict(),
+    # Both keep moving: after each epoch, at least half of the way to the policy.
+    "geneval": dict(
+        reward="geneval", steps_per_epoch=1,
+        old_decay=[0, 0.25, 0.001, 0.5], sampler_decay=[0, 0, 0.001, 0.5],
     ),
-    "geneval": dict(reward="geneval"),
     # The toys have no T5. diffusers puts zeros in place of its tokens: one is enough.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
         reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6,
         anchor_guidance=4.0, train_timesteps=6, epochs=24, steps_per_epoch=12, micro_batch=64,
-        lr=3e-3, ema=0.97, old_decay=[0, 0.25, 0.01, 0.9], grad_checkpoint=False,
-        eval_every=8, eval_images=512, eval_steps=10,
+        lr=3e-3, ema=0.97, old_decay=[0, 0.25, 0.01, 0.9], sampler_decay=[0, 0, 0.001, 0.5],
+        grad_checkpoint=False, eval_every=8, eval_images=512, eval_steps=10,
         eval_rewards=f"ocr@{TINY}/judge,clipscore@{TINY}/clip,color",
     ),
 }  # fmt: skip
@@ -243,7 +244,8 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     s = s.view(-1, group_size)
 
     def loss(weights):  # (groups, K), or 1 / K for all
-        # Detached, as in the paper. With equal weights that changes nothing: residuals sum to 0.
+        # Detached, as in the paper. With equal weights the gradient is the same either way, as
+        # the residuals of a group sum to 0.
         mean_rho = (weights * rho.detach()).sum(1, keepdim=True)
         mean_s = (weights * s).sum(1, keepdim=True)
         residual = beta * (rho - mean_rho) - (s - mean_s)
@@ -290,7 +292,7 @@ def sample_ode(velocity, noise, sigmas):
     """Integrate dx / dsigma = v from noise to an image, by DPM-Solver++(2M) (arXiv 2211.01095).
 
     velocity: a function of x (B, ...) and sigma (); noise (B, ...); sigmas (S + 1,), descending to
-    0. A step from sigma to t is x_t = D + t / sigma (x - D). Euler's method has D = x0, the image
+    0. A step is x_next = D + sigma_next / sigma (x - D). Euler's method has D = x0, the image
     predicted from x. Here D is extrapolated from the last two x0 to the middle of the step, on the
     scale of log((1 - sigma) / sigma).
     """
@@ -300,15 +302,15 @@ def sample_ode(velocity, noise, sigmas):
     x = noise
     last_x0 = None
     last_gap = math.inf
-    for sigma, t, gap in zip(sigmas[:-1], sigmas[1:], gaps):
+    for sigma, sigma_next, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # D = x0, Euler's method, in steps that cannot extrapolate. From sigma 1 to 0, those are the
-        # first two, as the first gap is infinite, and the last, whose gap is infinite, too. Nor
-        # would it be safe to extrapolate over more than twice the last gap.
+        # D = x0, Euler's method, in the first step, which has no last x0; from sigma 1 to 0 also
+        # in the second and the last, as the gaps from 1 and to 0 are infinite. Nor would it be safe
+        # to extrapolate over more than twice the last gap.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
-        x = D + t / sigma * (x - D)
+        x = D + sigma_next / sigma * (x - D)
         last_x0 = x0
         last_gap = gap
     return x
@@ -481,7 +483,7 @@ TARGET_MODULES = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 BLOCKS = ("JointTransformerBlock",)
-MULTIPLE = 16  # of an image's sides: 8 pixels to a latent (the toys': 4), 2 latents to a patch
+SIDE_MULTIPLE = 16  # 8 pixels to a latent (the toys': 4), 2 latents to a patch
 
 
 def expect(path, settings, **expected):
@@ -671,10 +673,10 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
-    noise = torch.randn(N, *shape, generator=generator, device=device)
+    x1 = torch.randn(N, *shape, generator=generator, device=device)  # latents at sigma 1
     guidance = 1.0
     x0 = generate(
-        pipe, layers, "sampler", noise, cond, uncond, args.rollout_steps, guidance, args.micro_batch
+        pipe, layers, "sampler", x1, cond, uncond, args.rollout_steps, guidance, args.micro_batch
     )
     images = decode(pipe, x0)
     clock.append(time.perf_counter())
@@ -730,7 +732,8 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     ema_update(layers, "sampler", ema_decay(step, *args.sampler_decay))
     clock.append(time.perf_counter())
 
-    values |= zip(totals, torch.stack(list(totals.values())).tolist())
+    numbers = torch.stack(list(totals.values())).tolist()  # waits for the GPU once
+    values |= dict(zip(totals, numbers))
     for i, phase in enumerate(("rollout", "reward", "train")):
         values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
     return R, values
@@ -756,8 +759,8 @@ def check(args):
             raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.epochs < 0:
         raise ValueError("--epochs has to be 0, to evaluate only, or more")
-    if args.height % MULTIPLE or args.width % MULTIPLE:
-        raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
+    if args.height % SIDE_MULTIPLE or args.width % SIDE_MULTIPLE:
+        raise ValueError(f"--height and --width have to be multiples of {SIDE_MULTIPLE}")
     if K < 2 or args.micro_batch < K or args.micro_batch % K:
         raise ValueError("--group-size has to be 2 or more, --micro-batch a multiple of it")
     if args.groups % (args.steps_per_epoch * PROCESSES):
@@ -792,7 +795,8 @@ def run(args, folder):
     if args.epochs:  # raises if the held-out prompts leave none to train on
         next(rewards.prompts(source, "train", args.seed, exclude=args.eval_prompts))
     rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check_prompts(args.eval_rewards or args.reward, held_out)
+    if args.eval_rewards:
+        rewards.check_prompts(args.eval_rewards, held_out)
     reward = rewards.load(args.reward, device)
     if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)
@@ -877,7 +881,7 @@ def run(args, folder):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # a run with epochs publishes this evaluation after the first of them
+    if args.epochs == 0:  # else this evaluation is published with the first epoch, once it is saved
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

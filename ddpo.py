@@ -5,8 +5,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
 1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
-3. There is no critic. The baseline is the mean of a prompt's most recent rewards or, until there
-   are --stat-min of them, the mean of all rewards of the epoch.
+3. There is no critic. The baseline is the mean of a prompt's last 32 rewards or, until there are
+   --stat-min of them, the mean of all rewards of the epoch.
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, the
    densities themselves then differ by a factor of 1.0001^16384 = 5.) In bf16, rounding differently
@@ -32,7 +32,7 @@ nearer to 1 than the true weight), and PPO's clip takes out steps whose ratio is
 1 + clip with A > 0, or below 1 - clip with A < 0.
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
-rewards into advantages (prompt_advantages), and updates the policy on every random step of every
+rewards into advantages (prompt_advantages), and updates the policy on every noisy step of every
 image (policy_terms). `ema`, a moving average of the policy, is what is evaluated, by the same
 sampler without noise, and saved. (What the paper compares with, two kinds of reward-weighted
 regression, is in tiny-sd3/rwr.py.)
@@ -109,10 +109,10 @@ class Settings:
     guidance: float = arg(5.0, "classifier-free guidance, in training as in sampling")
     eta: float = arg(1.0, "noise of DDIM's step (Stable Diffusion 1.x)")
     noise_level: float = arg(0.7, "noise of the flow's SDE (Stable Diffusion 3)")
-    micro_batch: int = arg(8, "images per pass, at most; sampled and trained in the same ones")
+    micro_batch: int = arg(8, "images per pass, at most, in sampling as in training")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
-    updates: int = arg(4, "optimizer steps per epoch; 1 with sf")
+    updates: int = arg(4, "optimizer steps per epoch (default with sf: 1, all it takes)")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     # optimization
@@ -135,15 +135,15 @@ class Settings:
 
 PRESETS = {
     "sd1": dict(),
-    # The last step adds no noise, as it would stay visible in the image. The clip, sd1's, is not
-    # tuned for 65,536 latents.
+    # What noise the flow's SDE adds in the last step would stay visible: that step has none. (DDIM
+    # adds next to none there.) The clip, sd1's, is not tuned for 65,536 latents.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
     # The toys have no T5. diffusers puts zeros in place of its tokens: one is enough.
     # An image has 2,048 latents, an eighth of the paper's: a clip of 8e-4 lets densities differ as
-    # much as 1e-4 does there, and 1e-3 is used. Three random steps are enough to explore.
+    # much as 1e-4 does there, and 1e-3 is used. Three noisy steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -166,9 +166,10 @@ HISTORY = 32  # rewards of a prompt that are kept
 def gaussian_step(mean, std, x_next=None, generator=None):
     """Draw x_next from N(mean, std^2), in sampling, or score the given one, in training.
 
-    -> x_next (B, ...) and its log_prob (B,), averaged, not summed, over an image's D latents, as in
-    the authors' code: a ratio exp(log_prob - old_log_prob) is the ratio of the densities to the
-    power of 1 / D. The paper's clip, 1e-4, is for D = 16,384.
+    mean (B, ...), std a tensor that broadcasts to it -> x_next (B, ...) and its log_prob (B,),
+    averaged, not summed, over an image's D latents, as in the authors' code: a ratio
+    exp(log_prob - old_log_prob) is the ratio of the densities to the power of 1 / D. The paper's
+    clip, 1e-4, is for D = 16,384.
     """
     if x_next is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -180,8 +181,8 @@ def gaussian_step(mean, std, x_next=None, generator=None):
 def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, generator=None):
     """DDIM's stochastic step from x_t to x_next and its log-probability (arXiv 2010.02502, eq. 12).
 
-    noise_pred, x, x_next (B, ...); t, t_next () long, or (B,) as in rwr.py: timesteps, indices of
-    alphas_cumprod (1000,).
+    noise_pred, x, x_next (B, ...); t, t_next () or (B,), long: timesteps, indices of alphas_cumprod
+    (1000,).
     std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers' DDIMScheduler
     with prediction_type="epsilon", clip_sample=False, steps_offset=1, set_alpha_to_one=False. In
     the last step, t_next < 0, alpha_next is alphas_cumprod[0]: if it were 1, std would be 0.
@@ -251,7 +252,7 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
 
 
 # LoRA and gradient checkpointing, by hand: before the first update ratios have to be exactly 1, so
-# passes with and without gradients have to round alike. (The same lines are in crd.py.)
+# passes with and without gradients have to round alike.
 
 ADAPTERS = ("policy", "ema")
 
@@ -406,7 +407,7 @@ def checkpoint(block, *inputs):
 # noise. To compare the class for the model in a folder with that pipeline:
 # MODEL=folder python -m pytest -q -k "section and ddpo-" test_crd.py
 
-MULTIPLE = 16  # of an image's sides: 8 pixels to a latent (the toys': 4), 2 latents to SD3's patch
+SIDE_MULTIPLE = 16  # 8 pixels to a latent (the toys': 4), 2 latents to a patch of SD3's
 
 
 def expect(path, settings, **expected):
@@ -470,7 +471,8 @@ class StableDiffusion:
         )  # fmt: skip
         expect(args.model, unet, time_cond_proj_dim=[None])  # else guidance is an input, too
         timesteps = scheduler["num_train_timesteps"]
-        # If "trailing", timesteps that are closer than 2 may end at 0, where std is 0.
+        # If "trailing", timesteps that are closer than 2 may end at t = 0, where alpha_next = alpha
+        # and std = 0.
         if args.steps > timesteps // 2:
             raise ValueError(f"--steps has to be at most half of the model's {timesteps}")
 
@@ -630,25 +632,25 @@ def guided(model, x, i, cond, uncond, guidance):
 
 
 @torch.no_grad()
-def rollout(model, noise, cond, uncond, micro_batches, random_steps, args, generator=None):
+def rollout(model, noise, cond, uncond, micro_batches, noisy_steps, args, generator=None):
     """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
 
-    -> x0 (N, ...); states (N, random_steps + 1, ...), x_T and the result of each random step;
-    log_probs (N, random_steps). The steps after the first `random_steps` have no noise: they are
+    -> x0 (N, ...); states (N, noisy_steps + 1, ...), x_T and the result of each noisy step;
+    log_probs (N, noisy_steps). The steps after the first `noisy_steps` have no noise: they are
     ordinary DDIM or ODE steps. Their log-probability is NaN, and dropped.
     """
     x0 = torch.empty_like(noise)
-    states = noise.new_empty(len(noise), random_steps + 1, *noise.shape[1:])
-    log_probs = noise.new_empty(len(noise), random_steps)
+    states = noise.new_empty(len(noise), noisy_steps + 1, *noise.shape[1:])
+    log_probs = noise.new_empty(len(noise), noisy_steps)
     for rows in bar(micro_batches, "sample"):
         x = noise[rows]
         states[rows, 0] = x
         c = [part[rows] for part in cond]
         for i in range(args.steps):
             prediction = guided(model, x, i, c, uncond, args.guidance)
-            scale = float(i < random_steps)
+            scale = float(i < noisy_steps)
             x, log_prob = model.step(prediction, x, i, noise_scale=scale, generator=generator)
-            if i < random_steps:
+            if i < noisy_steps:
                 states[rows, i + 1] = x
                 log_probs[rows, i] = log_prob
         x0[rows] = x
@@ -706,7 +708,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     device = pipe.vae.device
     K = args.group_size
     N = args.images // PROCESSES  # images of this process
-    random_steps = args.steps - args.deterministic_steps
+    noisy_steps = args.steps - args.deterministic_steps
     per_update = N // args.updates
     starts = range(0, N, per_update)
     # For each update its micro-batches. Images are drawn in the same ones (see `guided`), and so
@@ -724,7 +726,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
     x0, states, log_probs = rollout(
-        model, noise, cond, uncond, sum(updates, []), random_steps, args, generator
+        model, noise, cond, uncond, sum(updates, []), noisy_steps, args, generator
     )
     images = decode(pipe, x0)
     clock.append(time.perf_counter())
@@ -737,15 +739,15 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
     clock.append(time.perf_counter())
 
-    # 3. Improve: each update on its share of the images, at all of their random steps.
+    # 3. Improve: each update on its share of the images, at all of their noisy steps.
     parameters = optimizer.param_groups[0]["params"]
     totals = defaultdict(float)
     for update, micro_batches in enumerate(bar(updates, "train")):
-        for rows, i in itertools.product(micro_batches, range(random_steps)):
+        for rows, i in itertools.product(micro_batches, range(noisy_steps)):
             c = [part[rows] for part in cond]
             x, x_next = states[rows, i], states[rows, i + 1]
             terms = policy_terms(model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args)
-            share = len(x) / per_update / random_steps  # of the update's mean
+            share = len(x) / per_update / noisy_steps  # of the update's mean
             (share * terms["loss"]).backward()
             for name, term in terms.items():
                 totals[name] += share / len(updates) * term.detach()
@@ -761,7 +763,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
         ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
     clock.append(time.perf_counter())
 
-    values |= zip(totals, torch.stack(list(totals.values())).tolist())
+    numbers = torch.stack(list(totals.values())).tolist()  # waits for the GPU once
+    values |= dict(zip(totals, numbers))
     for i, phase in enumerate(("rollout", "reward", "train")):
         values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
     return R, values
@@ -787,15 +790,15 @@ def check(args):
             raise ValueError(f"--{flag.replace('_', '-')} has to be 1 or more")
     if args.epochs < 0:
         raise ValueError("--epochs has to be 0, to evaluate only, or more")
-    if args.height % MULTIPLE or args.width % MULTIPLE:
-        raise ValueError(f"--height and --width have to be multiples of {MULTIPLE}")
+    if args.height % SIDE_MULTIPLE or args.width % SIDE_MULTIPLE:
+        raise ValueError(f"--height and --width have to be multiples of {SIDE_MULTIPLE}")
     if args.images % (args.updates * PROCESSES) or args.images % (K * PROCESSES):
         raise ValueError("--images: a multiple of --updates and --group-size, each times processes")
     if args.algorithm == "sf" and args.updates != 1:
         raise ValueError("--algorithm sf: one update per epoch")
     if not 0 <= args.deterministic_steps < args.steps:
         raise ValueError("--deterministic-steps leaves no step to train on")
-    # One reward has no standard deviation; a group is part of its own baseline.
+    # One reward has no standard deviation; a whole group has to fit into its prompt's history.
     if not 2 <= args.stat_min <= HISTORY or K > HISTORY:
         raise ValueError(
             f"{HISTORY} rewards are kept of a prompt: --stat-min is 2 to {HISTORY}, --group-size "
@@ -903,9 +906,9 @@ def run(args, folder, train_epoch):
         )
         micro_batches = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
-            random_steps = 0
+            noisy_steps = 0
             x0, _, _ = rollout(
-                model, noise.to(device), held_out_cond, uncond, micro_batches, random_steps, args
+                model, noise.to(device), held_out_cond, uncond, micro_batches, noisy_steps, args
             )
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))

@@ -973,9 +973,9 @@ def test_ddpo_trains_in_the_micro_batches_in_which_it_drew(run, monkeypatch):
     monkeypatch.setattr(ddpo, "guided", guided)
     run(ddpo, "run", 1, images=12, updates=2, micro_batch=4, steps=3, eval_images=1)
     calls = [(len(call.args[1]), call.args[2]) for call in guided.call_args_list][3:-3]
-    random_steps = 2
+    noisy_steps = 2
     drawn = [(size, i) for size in (4, 2, 4, 2) for i in range(3)]
-    trained = [(size, i) for size in (4, 2, 4, 2) for i in range(random_steps)]
+    trained = [(size, i) for size in (4, 2, 4, 2) for i in range(noisy_steps)]
     assert calls == drawn + trained
 
 
@@ -1801,7 +1801,7 @@ def test_reward_weighted_regression_takes_ddpos_settings(run, monkeypatch):
     rollout = Mock(wraps=ddpo.rollout)
     monkeypatch.setattr(ddpo, "rollout", rollout)
     run(rwr, "steps", 1, steps=4, deterministic_steps=3)
-    assert [call.args[5] for call in rollout.call_args_list] == [0, 1, 0]  # random steps
+    assert [call.args[5] for call in rollout.call_args_list] == [0, 1, 0]  # noisy steps
 
 
 @in_both_scripts

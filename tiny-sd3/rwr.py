@@ -3,7 +3,7 @@ ddpo.py's parts: its models, rollout, evaluation and files.
 
 Draw images as DDPO does, score them, and train the model's own denoising loss on them, weighted by
 their advantages (`rwr`), or on the best alone (`rwr-sparse`). Nothing is known of the sampler's
-steps: each image is noised anew, at as many random steps as the sampler has.
+steps: each image is noised anew, to steps drawn at random, as many as the sampler takes.
 
     python tiny-sd3/rwr.py --preset tiny             # weights softmax(advantage / temperature)
     python tiny-sd3/rwr.py --preset tiny --sparse    # the best tenth
@@ -82,7 +82,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     per_update = N // args.updates
     starts = range(0, N, per_update)
     drawn_in = sum((ddpo.batches(i, i + per_update, args.micro_batch) for i in starts), [])
-    random_steps = args.steps - args.deterministic_steps
+    noisy_steps = args.steps - args.deterministic_steps
     seed = random.Random(f"{args.seed} {epoch} 0").getrandbits(63)
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
@@ -92,7 +92,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in ddpo.encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
-    x0, _, _ = ddpo.rollout(model, noise, cond, uncond, drawn_in, random_steps, args, generator)
+    x0, _, _ = ddpo.rollout(model, noise, cond, uncond, drawn_in, noisy_steps, args, generator)
     images = ddpo.decode(pipe, x0)
     clock.append(time.perf_counter())
 
@@ -102,16 +102,16 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     A = ddpo.prompt_advantages(history, prompts, R, args.stat_min).to(device)
     clock.append(time.perf_counter())
 
-    # 3. Regress: shuffled, each image at as many random steps as the sampler takes.
+    # 3. Regress on the images, shuffled.
     parameters = optimizer.param_groups[0]["params"]
-    order = torch.randperm(N, generator=generator, device=device)
+    shuffled = torch.randperm(N, generator=generator, device=device)
     weights = rwr_weights(A, args.temperature)
     if args.sparse:
-        order = best_images(A, args.keep)[order]
+        shuffled = best_images(A, args.keep)[shuffled]
         weights = torch.ones_like(A)
     totals = defaultdict(float)
-    for update in ddpo.bar(order.split(per_update), "train"):
-        for rows, _ in itertools.product(update.split(args.micro_batch), range(args.steps)):
+    for update_rows in ddpo.bar(shuffled.split(per_update), "train"):
+        for rows, _ in itertools.product(update_rows.split(args.micro_batch), range(args.steps)):
             c = [part[rows] for part in cond]
             loss = regression_loss(model, x0[rows], weights[rows], c, uncond, args, generator)
             share = len(rows) / per_update / args.steps
