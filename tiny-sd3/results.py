@@ -116,7 +116,7 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "hack-alone@1 hack-alone@2 hack-alone@4 hack@2 hack@4 hack@6 hack@8 "
         "hack-mean@2 hack-mean@4 hack-mean@6 hack-mean@8",
         "compressibility"),
-    "DDPO and reward-weighted regression": ("is@0 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
+    "DDPO and reward-weighted regression": ("guidance-1 is@48 sf@192 rwr@48 rwr-sparse@48", ""),
     "The same, rewarded for small files": (
         "jpeg-is@0 jpeg-is@24 jpeg-sf@96 jpeg-rwr@24 jpeg-rwr-sparse@24", "compressibility"),
     "CRD and DDPO": (
@@ -139,7 +139,7 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "scenes-is@48", ""),
 }  # fmt: skip
 OWN_SAMPLER = {  # tables of images by DDPO's own sampler; all others are by the solver of crd.py
-    "DDPO and reward-weighted regression", "The same, rewarded for small files",
+    "The same, rewarded for small files",
     "Tuning reward-weighted regression", "Tuning the same for small files",
 }  # fmt: skip
 CURVES = {  # file: (number, title, {experiment: (label, color)})
