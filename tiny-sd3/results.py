@@ -138,10 +138,8 @@ TABLES = {  # title: (rows as experiment@epoch, another column)
         "scenes-crd@24 scenes-crd@48 scenes-anchor-alone@24 scenes-reward-alone@24 "
         "scenes-is@48", ""),
 }  # fmt: skip
-OWN_SAMPLER = {  # tables of images by DDPO's own sampler; all others are by the solver of crd.py
-    "The same, rewarded for small files",
-    "Tuning reward-weighted regression", "Tuning the same for small files",
-}  # fmt: skip
+# Tables of images by DDPO's own sampler. All others are by the solver of crd.py.
+OWN_SAMPLER = {"Tuning reward-weighted regression", "Tuning the same for small files"}
 CURVES = {  # file: (number, title, {experiment: (label, color)})
     "second-reader.png": ("ocr@judge", "Held-out OCR score by a second OCR model", {
         "is-guided": ("DDPO, guided", "#b45309"), "crd": ("CRD", "#1d4ed8"),
