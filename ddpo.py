@@ -837,7 +837,8 @@ def run(args, folder, train_epoch):
     if args.epochs:  # raises if the held-out prompts leave none to train on
         next(rewards.prompts(source, "train", args.seed, exclude=args.eval_prompts))
     rewards.check_prompts(args.reward, held_out + rewards.read_prompts(source))
-    rewards.check_prompts(args.eval_rewards or args.reward, held_out)
+    if args.eval_rewards:
+        rewards.check_prompts(args.eval_rewards, held_out)
     reward = rewards.load(args.reward, device)
     if args.eval_rewards and PROCESS == 0:  # only process 0 evaluates
         held_out_reward = rewards.load(args.eval_rewards, device)
@@ -929,7 +930,7 @@ def run(args, folder, train_epoch):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # a run with epochs publishes this evaluation after the first of them
+    if args.epochs == 0:  # else this evaluation is published with the first epoch, once it is saved
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
