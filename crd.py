@@ -24,8 +24,8 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
     mean               over an image's latents; mean_i over images, mean_K over a group
     R                  an image's reward
-    A                  its advantage, (R - mean_K R) / std R over all images, clipped to +-clip, 5
-    s                  A / (2 clip) + 1/2, in [0, 1]: R's place in the loss, where the 1/2 cancels
+    A                  its advantage, (R - mean_K R) / (std over all R), clipped to +-clip (5)
+    s                  A / (2 clip) + 1/2, in [0, 1]: stands for R in the loss; the 1/2 cancels
     n                  R scaled to [0, 1] by the range the reward declares: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
 
@@ -43,16 +43,16 @@ a run's first step:
 
     (clip / beta) mean_i [-2 beta A_i / (2 clip) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
 
-where grad mean_K rho drops out, as the A of a group sum to 0.
+where grad mean_K rho drops out, as the A of a group, if none is clipped, sum to 0.
 
 One frozen model carries four LoRA adapters. The last three are moving averages of the first:
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
     old       follows once per epoch and stays behind, so that rho keeps some of what earlier
-              epochs changed: L limits the drift over several epochs, not within one alone
-    sampler   draws the images; follows once per epoch, at first more closely than `old`, for
-              images of today's policy (the loss could take any)
+              epochs changed: so L limits the drift over several epochs, not just within one
+    sampler   draws the images; follows once per epoch, at least as closely as `old`, for images
+              close to today's policy (the loss could take any)
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
@@ -98,9 +98,9 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TINY = str(Path(__file__).resolve().parent / "tiny-sd3")
 SCENES = f"{TINY}/scenes"
 DECAY_HELP = (
-    "START_STEP START_VALUE SLOPE END_VALUE of this adapter's decay: after an epoch, at optimizer "
-    "step t, START_VALUE if t < START_STEP, else START_VALUE + SLOPE (t - START_STEP), at most "
-    "END_VALUE; a decay of 0 copies the policy, one of 1 changes nothing"
+    "START_STEP START_VALUE SLOPE END_VALUE of this adapter's decay: at the end of an epoch, after "
+    "t optimizer steps in all, it is START_VALUE if t < START_STEP, else START_VALUE + SLOPE "
+    "(t - START_STEP), at most END_VALUE; 0 copies the policy, 1 changes nothing"
 )
 
 
@@ -158,25 +158,25 @@ class Settings:
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
-    eval_images: int = arg(128, "held-out prompts; an image of each, always from the same noise")
+    eval_images: int = arg(128, "held-out prompts, which repeat if there are fewer; noise is fixed")
     eval_steps: int = arg(40, "ODE steps of an evaluation")
     eval_guidance: float = arg(1.0, "guidance of evaluations; rollouts have none")
     eval_rewards: str | None = arg(None, "rewards to log that are not trained on, like --reward")
-    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file instead")
+    eval_prompts: str | None = arg(None, "evaluate on this file's prompts, however many")
     resume: str | None = arg(None, "continue the run in this folder")
     wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
-    # Paper, Table 3. `sampler` is a copy of the policy up to step 75. In the end it and `old` are
+    # Paper, Table 3. `sampler` copies the policy up to step 75. From epoch 105 on it and `old` are
     # nearly frozen, against drift: images become off-policy, which the loss allows.
     "ocr": dict(),
-    # Both keep moving: after each epoch, at least half of the way to the policy.
+    # `old` and `sampler` keep moving: after each epoch, at least half of the way to the policy.
     "geneval": dict(
         reward="geneval", steps_per_epoch=1,
         old_decay=[0, 0.25, 0.001, 0.5], sampler_decay=[0, 0, 0.001, 0.5],
     ),
-    # The toys have no T5. diffusers puts zeros in place of its tokens: one is enough.
+    # The toys, also `scenes`, have no T5. diffusers puts zeros in place of its tokens: one will do.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
         reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6,
@@ -219,12 +219,12 @@ def implicit_reward(v, v_old, u):
     """rho = mean (v_old - u)^2 / m_old - mean (v - u)^2 / m; v, v_old, u (B, ...) -> (B,) float32.
 
     By the ELBO, the negative denoising error is a proxy for the log-likelihood (paper, sec. 3).
-    Dividing by m = mean |v - u|, detached, makes errors comparable across noise levels, a heuristic
-    of DiffusionNFT (arXiv 2509.16117).
+    Dividing by m = mean |v - u|, detached, brings errors of all noise levels closer together, a
+    heuristic of DiffusionNFT (arXiv 2509.16117). v_old is computed without gradients.
     """
 
     def weighted_error(prediction):
-        # Computed in bf16, rho would be less than its rounding errors.
+        # In float32: in bf16 rho would be less than its rounding errors.
         error = (prediction.float() - u.float()).flatten(1)
         m = error.abs().mean(1).detach().clamp(min=1e-5)
         return error.square().mean(1) / m
@@ -233,8 +233,8 @@ def implicit_reward(v, v_old, u):
 
 
 def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
-    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,). clip has
-    to be that of reward_targets, where s = A / (2 clip) + 1/2.
+    """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,), the K
+    images of a group consecutive. clip: as in reward_targets, where s = A / (2 clip) + 1/2.
 
     If tau is finite (an option of the paper's, in no preset), mean_K has weights. With
     softmax(s / tau) images are compared with the best of their group, with softmax(-s / tau) with
@@ -260,7 +260,7 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
     """mean_i kappa_i mean (v - v_ref)^2, with kappa_i = kappa_min + n_i (kappa - kappa_min).
 
     The penalty is weak where the reward, n (B,) in [0, 1], is low and the policy has much to learn;
-    it is strong where the reward is high and may be exploited.
+    it is strong where the reward is high and may be exploited. v_ref is computed without gradients.
     """
     kappas = kappa_min + n * (kappa - kappa_min)
     error = (v.float() - v_ref.float()).flatten(1)
@@ -268,8 +268,8 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """{name: number}: "loss" is L for whole groups at one sigma; its terms and the variance of rho
-    within groups are logged. Without an anchor v_ref is None."""
+    """{name: number}: "loss" is L, its first term times reward_weight, for whole groups at one
+    sigma; the rest is logged. Without an anchor v_ref is None."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -305,9 +305,9 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, sigma_next, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # D = x0, Euler's method, in the first step, which has no last x0; from sigma 1 to 0 also
-        # in the second and the last, as the gaps from 1 and to 0 are infinite. Nor would it be safe
-        # to extrapolate over more than twice the last gap.
+        # Extrapolate, but not in the first step, which has no last x0; from sigma 1 to 0 not in the
+        # second and the last either, as the gaps from 1 and to 0 are infinite; and not over more
+        # than twice the last gap, which would not be safe.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + sigma_next / sigma * (x - D)
@@ -323,9 +323,10 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
+    """A linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained; the other adapters start as copies of it.
+    W is frozen by add_lora, B zero-initialized. `policy` is trained; the other adapters start as
+    copies of it.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -435,8 +436,9 @@ class Checkpoint(torch.autograd.Function):
     this one the forward pass runs with gradients disabled, as it does in sampling; and `trigger`, a
     tensor that requires a gradient, makes autograd call back.
 
-    Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
-    Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
+    Limits: dropout, autocast around the forward pass alone, or another active adapter would make
+    the second run differ. Inputs are positional; a tensor within a list gets no gradient. Gradients
+    of a block's weights go to `.grad`: call `backward()`, once; not `torch.autograd.grad`.
     """
 
     @staticmethod
@@ -455,7 +457,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # None of them is tracked if a block has no LoRA and its inputs need no gradient.
+        # No output is tracked if a block has no LoRA and its inputs need no gradient.
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -627,8 +629,8 @@ def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_
     with use_adapter(layers, adapter):
         for rows in bar(batches(0, len(noise), micro_batch), "sample"):
             c = [part[rows] for part in cond]
-            v = partial(velocity, pipe, cond=c, uncond=uncond, guidance=guidance)
-            latents.append(sample_ode(v, noise[rows], sigmas))
+            predict = partial(velocity, pipe, cond=c, uncond=uncond, guidance=guidance)
+            latents.append(sample_ode(predict, noise[rows], sigmas))
     return torch.cat(latents)
 
 
@@ -696,7 +698,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     totals = defaultdict(float)
     images_per_step = N // args.steps_per_epoch
     for start in bar(range(0, N, images_per_step), "train"):
-        # Indices of sigmas, in random order: also of sigma 1, pure noise, but not of sigma 0.
+        # Indices of sigmas, in random order, including sigma 1, pure noise, but never sigma 0.
         order = torch.randperm(args.rollout_steps, generator=generator, device=device)
         drawn = order[: args.train_timesteps].tolist()
         micro_batches = batches(start, start + images_per_step, args.micro_batch)
@@ -724,7 +726,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        # As in DiffusionNFT, the first averages forget faster.
+        # The decay starts low, as in DiffusionNFT (arXiv 2509.16117).
         ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
 
     # 4. Let `old` and `sampler` follow the policy.
@@ -732,7 +734,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     ema_update(layers, "sampler", ema_decay(step, *args.sampler_decay))
     clock.append(time.perf_counter())
 
-    numbers = torch.stack(list(totals.values())).tolist()  # waits for the GPU once
+    numbers = torch.stack(list(totals.values())).tolist()  # in one transfer
     values |= dict(zip(totals, numbers))
     for i, phase in enumerate(("rollout", "reward", "train")):
         values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
@@ -866,7 +868,7 @@ def run(args, folder):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # The scores' names do not collide: they hold the weights' folder, as in ocr@judge.
+            # Under names of their own: see rewards.check_names.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -881,7 +883,7 @@ def run(args, folder):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else this evaluation is published with the first epoch, once it is saved
+    if args.epochs == 0:  # else it is published with the first epoch, once that is saved
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

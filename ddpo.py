@@ -10,8 +10,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 4. Log-probabilities are averaged, not summed, over an image's latents. So ratios differ from 1 by
    only about 1e-4, and the clip is that small, too. (With Stable Diffusion's 16,384 latents, the
    densities themselves then differ by a factor of 1.0001^16384 = 5.) In bf16, rounding differently
-   in sampling and in training could change ratios as much: before the first update of an
-   epoch all ratios have to be exactly 1. `first_ratio_error` in the log says how far they are off.
+   in sampling and in training could change ratios as much. So both are made to round alike:
+   `first_ratio_error` in the log, |ratio - 1| before an epoch's first update, has to be 0.
 
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
@@ -33,8 +33,8 @@ nearer to 1 than the true weight), and PPO's clip takes out steps whose ratio is
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
 rewards into advantages (prompt_advantages), and updates the policy on every noisy step of every
-image (policy_terms). `ema`, a moving average of the policy, is what is evaluated, by the same
-sampler without noise, and saved. (What the paper compares with, two kinds of reward-weighted
+image (policy_terms). What is saved, and evaluated by the same sampler without noise, is `ema`, a
+moving average of the policy. (What the paper compares with, two kinds of reward-weighted
 regression, is in tiny-sd3/rwr.py.)
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
@@ -112,7 +112,7 @@ class Settings:
     micro_batch: int = arg(8, "images per pass, at most, in sampling as in training")
     # loss
     algorithm: Literal["is", "sf"] = arg("is", "importance sampling, or score function")
-    updates: int = arg(4, "optimizer steps per epoch (default with sf: 1, all it takes)")
+    updates: int = arg(4, "optimizer steps per epoch; with sf always 1")
     clip: float = arg(1e-4, "is: ratios are clipped to 1 +- this")
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     # optimization
@@ -126,22 +126,22 @@ class Settings:
     seed: int = arg(0, "same seed, same run, as far as the device's kernels are deterministic")
     device: str | None = arg(None, "default: cuda if there is one")
     eval_every: int = arg(10, "epochs between evaluations")
-    eval_images: int = arg(128, "held-out prompts; an image of each, always from the same noise")
+    eval_images: int = arg(128, "held-out prompts, which repeat if there are fewer; noise is fixed")
     eval_rewards: str | None = arg(None, "rewards to log that are not trained on, like --reward")
-    eval_prompts: str | None = arg(None, "evaluate on all prompts of this file instead")
+    eval_prompts: str | None = arg(None, "evaluate on this file's prompts, however many")
     resume: str | None = arg(None, "continue the run in this folder")
     wandb: str | None = arg(None, "also log to this Weights & Biases project")
 
 
 PRESETS = {
     "sd1": dict(),
-    # What noise the flow's SDE adds in the last step would stay visible: that step has none. (DDIM
+    # Noise that the flow's SDE adds in the last step would stay visible: that step has none. (DDIM
     # adds next to none there.) The clip, sd1's, is not tuned for 65,536 latents.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The toys have no T5. diffusers puts zeros in place of its tokens: one is enough.
+    # The toys, also `scenes`, have no T5. diffusers puts zeros in place of its tokens: one will do.
     # An image has 2,048 latents, an eighth of the paper's: a clip of 8e-4 lets densities differ as
     # much as 1e-4 does there, and 1e-3 is used. Three noisy steps are enough to explore.
     "tiny": dict(
@@ -183,9 +183,11 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
 
     noise_pred, x, x_next (B, ...); t, t_next () or (B,), long: timesteps, indices of alphas_cumprod
     (1000,).
-    std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers' DDIMScheduler
-    with prediction_type="epsilon", clip_sample=False, steps_offset=1, set_alpha_to_one=False. In
-    the last step, t_next < 0, alpha_next is alphas_cumprod[0]: if it were 1, std would be 0.
+
+    std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers'
+    DDIMScheduler with prediction_type="epsilon", clip_sample=False, steps_offset=1,
+    set_alpha_to_one=False. In the last step t_next < 0, and alpha_next is alphas_cumprod[0]: if it
+    were 1, std would be 0.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     # view(-1), as indexing with a tensor without dimensions makes the CPU wait for the GPU.
@@ -236,7 +238,7 @@ def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0)
 
 
 def score_function_loss(log_prob, advantages):
-    """-mean A log_prob, valid where p drew the images (paper, 4.3, DDPO_SF). (B,), (B,) -> ()."""
+    """-mean A log_prob, for the policy's own images (paper, 4.3, DDPO_SF). (B,), (B,) -> ()."""
     return -(advantages * log_prob).mean()
 
 
@@ -252,15 +254,17 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
 
 
 # LoRA and gradient checkpointing, by hand: before the first update ratios have to be exactly 1, so
-# passes with and without gradients have to round alike.
+# passes with and without gradients have to round alike. (The same lines are in crd.py; only it
+# uses adapter None.)
 
 ADAPTERS = ("policy", "ema")
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
+    """A linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    B is zero-initialized. `policy` is trained; the other adapters start as copies of it.
+    W is frozen by add_lora, B zero-initialized. `policy` is trained; the other adapters start as
+    copies of it.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -370,8 +374,9 @@ class Checkpoint(torch.autograd.Function):
     this one the forward pass runs with gradients disabled, as it does in sampling; and `trigger`, a
     tensor that requires a gradient, makes autograd call back.
 
-    Limits: dropout, or autocast around the forward pass alone, would make the second run differ.
-    Gradients of a block's weights go to `.grad`: call `backward()`, not `torch.autograd.grad`.
+    Limits: dropout, autocast around the forward pass alone, or another active adapter would make
+    the second run differ. Inputs are positional; a tensor within a list gets no gradient. Gradients
+    of a block's weights go to `.grad`: call `backward()`, once; not `torch.autograd.grad`.
     """
 
     @staticmethod
@@ -390,7 +395,7 @@ class Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.block(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # None of them is tracked if a block has no LoRA and its inputs need no gradient.
+        # No output is tracked if a block has no LoRA and its inputs need no gradient.
         tracked = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", False)]
         torch.autograd.backward([outputs[i] for i in tracked], [grads[i] for i in tracked])
         return None, None, *[getattr(x, "grad", None) for x in inputs]
@@ -404,7 +409,7 @@ def checkpoint(block, *inputs):
 # The models. For another one, write another such class and add it to MODELS. In all of them `i`
 # counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
 # diffusers takes them. `step` draws x_next, or scores it if given; noise_scale 0 draws without
-# noise. To compare the class for the model in a folder with that pipeline:
+# noise. To compare such a class with the pipeline of a model in a folder:
 # MODEL=folder python -m pytest -q -k "section and ddpo-" test_crd.py
 
 SIDE_MULTIPLE = 16  # 8 pixels to a latent (the toys': 4), 2 latents to a patch of SD3's
@@ -555,7 +560,8 @@ MODELS = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline"
 
 
 def load_pipeline(args, device):
-    """The pretrained pipeline, its text encoders still on the CPU, and its model, as above."""
+    """The pretrained pipeline, its text encoders still on the CPU, and its StableDiffusion or
+    StableDiffusion3."""
     config = diffusers.DiffusionPipeline.load_config(args.model)
     expect(args.model, config, _class_name=list(MODELS))
     model_class = MODELS[config["_class_name"]]
@@ -669,7 +675,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
     terms = {"loss": loss}
     if args.algorithm == "is":
-        # In nats it is D^2 times as large: these log-probabilities are averages over D latents.
+        # The KL in nats is D^2 times this, as `change` is an average over D latents.
         terms["approx_kl"] = change.square().mean() / 2
         # The share of ratios outside 1 +- clip. Those above it with A > 0, and those below it with
         # A < 0, get no gradient.
@@ -711,8 +717,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     noisy_steps = args.steps - args.deterministic_steps
     per_update = N // args.updates
     starts = range(0, N, per_update)
-    # For each update its micro-batches. Images are drawn in the same ones (see `guided`), and so
-    # not shuffled in between.
+    # The micro-batches of each update. Images are drawn in them, too (see `guided`), so they are
+    # not shuffled.
     updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
     # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
     seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
@@ -759,11 +765,11 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        # As in DiffusionNFT, the first averages forget faster.
+        # The decay starts low, as in DiffusionNFT (arXiv 2509.16117).
         ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
     clock.append(time.perf_counter())
 
-    numbers = torch.stack(list(totals.values())).tolist()  # waits for the GPU once
+    numbers = torch.stack(list(totals.values())).tolist()  # in one transfer
     values |= dict(zip(totals, numbers))
     for i, phase in enumerate(("rollout", "reward", "train")):
         values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
@@ -914,7 +920,7 @@ def run(args, folder, train_epoch):
         images = decode(pipe, x0)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
-            # The scores' names do not collide: they hold the weights' folder, as in ocr@judge.
+            # Under names of their own: see rewards.check_names.
             values |= held_out_reward.score(images, *zip(*held_out))[1]
         log("eval", R, values)
         epoch_folder = out / f"epoch-{progress['epoch']:04d}"
@@ -930,7 +936,7 @@ def run(args, folder, train_epoch):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else this evaluation is published with the first epoch, once it is saved
+    if args.epochs == 0:  # else it is published with the first epoch, once that is saved
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

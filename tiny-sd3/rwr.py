@@ -1,14 +1,14 @@
 """Reward-weighted regression, the baselines of DDPO's paper (Black et al. 2023, sec. 4.2), on
 ddpo.py's parts: its models, rollout, evaluation and files.
 
-Draw images as DDPO does, score them, and train the model's own denoising loss on them, weighted by
-their advantages (`rwr`), or on the best alone (`rwr-sparse`). Nothing is known of the sampler's
-steps: each image is noised anew, to steps drawn at random, as many as the sampler takes.
+Draw images as DDPO does, score them, and train a denoising loss on them, weighted by their
+advantages (`rwr`), or on the best alone (`rwr-sparse`). The sampler's steps are not kept: each
+image is noised anew, to noise levels of the sampler's, drawn at random.
 
     python tiny-sd3/rwr.py --preset tiny             # weights softmax(advantage / temperature)
     python tiny-sd3/rwr.py --preset tiny --sparse    # the best tenth
 
-In one process. A run of it has the files of one of ddpo.py, and is resumed in the same way.
+In one process. Its runs have the same files as ddpo.py's, and are resumed in the same way.
 """
 
 import itertools
@@ -32,9 +32,9 @@ import rewards  # noqa: E402
 
 @dataclass
 class Settings(ddpo.Settings):
-    """Those of ddpo.py, of which `algorithm` and `clip` mean nothing here."""
+    """Those of ddpo.py, of which `algorithm` and `clip` are not used."""
 
-    sparse: bool = ddpo.arg(False, "train on the best images alone, all alike")
+    sparse: bool = ddpo.arg(False, "train on the best images alone, equally weighted")
     temperature: float = ddpo.arg(0.2, "weights are softmax(advantage / this) over an epoch")
     keep: float = ddpo.arg(0.1, "share of the images that is trained on, if sparse")
 
@@ -45,13 +45,13 @@ PRESETS = ddpo.PRESETS
 def rwr_weights(advantages, temperature=0.2):
     """softmax(A / temperature) over N images, times N: 1 on average.
 
-    The authors' code has softmax(0.2 R), a factor, whose sharpness depends on the reward's unit.
+    The authors' code multiplies, softmax(0.2 R): its sharpness depends on the reward's unit.
     """
     return torch.softmax(advantages / temperature, 0) * len(advantages)
 
 
 def best_images(advantages, keep=0.1):
-    """Indices of the best `keep` of N images, repeated to N, so that there are as many updates."""
+    """Indices of the best `keep` of N images, repeated to N: `rwr` takes N images, too."""
     N = len(advantages)
     count = max(round(keep * N), 1)
     return advantages.topk(count).indices.repeat(math.ceil(N / count))[:N]
@@ -81,9 +81,10 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     N = args.images
     per_update = N // args.updates
     starts = range(0, N, per_update)
+    # ddpo.py's micro-batches, so that a seed's first images are the same.
     drawn_in = sum((ddpo.batches(i, i + per_update, args.micro_batch) for i in starts), [])
     noisy_steps = args.steps - args.deterministic_steps
-    seed = random.Random(f"{args.seed} {epoch} 0").getrandbits(63)
+    seed = random.Random(f"{args.seed} {epoch} {ddpo.PROCESS}").getrandbits(63)
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
@@ -104,13 +105,13 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
 
     # 3. Regress on the images, shuffled.
     parameters = optimizer.param_groups[0]["params"]
-    shuffled = torch.randperm(N, generator=generator, device=device)
+    order = torch.randperm(N, generator=generator, device=device)
     weights = rwr_weights(A, args.temperature)
     if args.sparse:
-        shuffled = best_images(A, args.keep)[shuffled]
+        order = best_images(A, args.keep)[order]
         weights = torch.ones_like(A)
     totals = defaultdict(float)
-    for update_rows in ddpo.bar(shuffled.split(per_update), "train"):
+    for update_rows in ddpo.bar(order.split(per_update), "train"):
         for rows, _ in itertools.product(update_rows.split(args.micro_batch), range(args.steps)):
             c = [part[rows] for part in cond]
             loss = regression_loss(model, x0[rows], weights[rows], c, uncond, args, generator)
