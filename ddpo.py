@@ -184,7 +184,7 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     noise_pred, x, x_next (B, ...); t, t_next () or (B,), long: timesteps, indices of alphas_cumprod
     (1000,).
 
-    std is eq. 16's; at eta = 1 this is DDPM's ancestral step. The same as diffusers'
+    std is eq. 16's; at eta = 1, the most, this is DDPM's ancestral step. The same as diffusers'
     DDIMScheduler with prediction_type="epsilon", clip_sample=False, steps_offset=1,
     set_alpha_to_one=False. In the last step t_next < 0, and alpha_next is alphas_cumprod[0]: if it
     were 1, std would be 0.
@@ -195,7 +195,7 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
     std = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
-    direction = (1 - alpha_next - std**2).clamp(min=0).sqrt() * noise_pred
+    direction = (1 - alpha_next - std**2).sqrt() * noise_pred
     return gaussian_step(alpha_next.sqrt() * x0 + direction, std, x_next, generator)
 
 

@@ -314,8 +314,6 @@ def test_ddim_step_is_diffusers(eta, shape):
     alphas = scheduler.alphas_cumprod
     x_next, _ = ddpo.ddim_step(noise_pred, x, t, t - 20, alphas, eta, generator=generator)
     assert_close(x_next, torch.stack(expected))
-    x_next, _ = ddpo.ddim_step(noise_pred, x, t, t - 20, alphas, 50.0)
-    assert x_next.isfinite().all()
 
 
 @parametrize("noise_level", [0.0, 0.3, 0.7])
