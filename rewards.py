@@ -355,6 +355,7 @@ class OCR(Reward):
         self.device = device
         load_settings = transformers.ImageProcessingMixin.get_image_processor_dict
         place = locate(path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors")
+    is_bgr = True  # PP-OCR's networks want blue first; not so the toys' recognizers
         self.detector = load_model(transformers.AutoModelForObjectDetection, place, device)
         settings, _ = load_settings(**place)
         self.mean = settings.get("image_mean") or (0.406, 0.456, 0.485)
@@ -363,6 +364,7 @@ class OCR(Reward):
         self.limit_type = settings.get("limit_type") or "max"
         place = locate(path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors")
         self.recognizer = load_model(transformers.AutoModelForTextRecognition, place, device)
+        # PP-OCR gives ImageNet's numbers for red, green, blue to blue, green, red.
         settings, _ = load_settings(**place)
         self.characters = settings["character_list"]
         self.width = (settings.get("size") or {"width": 320})["width"]  # shorter lines are padded
@@ -373,6 +375,7 @@ class OCR(Reward):
         if not quoted(prompt):
             raise cls.missing("a text between double quotes", prompt, metadata)
 
+        self.is_bgr = settings.get("do_flip_channel_order", self.is_bgr)
     def score_batch(self, images, prompts):
         texts = self.read(images)
         return [edit_similarity(quoted(prompt), text) for prompt, text in zip(prompts, texts)]
@@ -384,7 +387,6 @@ class OCR(Reward):
         inputs = []
         for x in pixels:
             size = self.detector_size(x.shape[1:])
-            # mean and std are in RGB order; the network wants BGR.
             inputs.append(standardize(x, size, self.mean, self.std).flip(0))
         maps = in_batches(lambda x: self.detector(pixel_values=x).last_hidden_state[:, 0], inputs)
         lines = []
@@ -417,7 +419,8 @@ class OCR(Reward):
         width = self.line_width(line.shape[1:])
         # In steps of 32, so that lines can share a batch without depending on it.
         padded = max(self.width, math.ceil(width / 32) * 32)
-        return F.pad(resize(line, (48, width)) / 127.5 - 1, (0, padded - width))
+        x = resize(line, (48, width)) / 127.5 - 1
+        return F.pad(x.flip(0) if self.is_bgr else x, (0, padded - width))
 
     def line_width(self, size):
         """At a height of 48. As in PP-OCR, only lines that are padded round up."""

@@ -2112,7 +2112,7 @@ def test_short_lines_are_padded_with_the_middle_of_the_scale():
 
 
 def test_settings_that_a_folder_lacks_are_pp_ocrs(tmp_path):
-    """The mean and deviation of ImageNet's colors, in the order of blue, green, red."""
+    """For red, green, blue those that ImageNet has for blue, green, red; and blue comes first."""
     for part in ("ocr-det", "ocr-rec"):
         shutil.copytree(TINY / part, tmp_path / part)
     (tmp_path / "ocr-det/preprocessor_config.json").write_text("{}")
@@ -2122,6 +2122,8 @@ def test_settings_that_a_folder_lacks_are_pp_ocrs(tmp_path):
     assert reward.mean == (0.406, 0.456, 0.485) and reward.std == (0.225, 0.224, 0.229)
     assert (reward.limit, reward.limit_type) == (960, "max")
     assert (reward.width, reward.max_width) == (320, 3200)
+    red = rewards.to_pixels(Image.new("RGB", (320, 48), "red"), CPU)
+    assert reward.line_input(red)[:, 0, 0].tolist() == [-1, -1, 1]
 
 
 def test_repeats_are_merged_before_blanks_are_dropped():
@@ -2221,8 +2223,7 @@ def real_ocr(monkeypatch, tmp_path):
     })  # fmt: skip
 
     def read_as_rapidocr(image):
-        r, g, b = image.split()
-        return " ".join(engine(Image.merge("RGB", (b, g, r))).txts or [])
+        return " ".join(engine(image).txts or [])
 
     return lambda image: reward.read([image])[0], read_as_rapidocr
 

@@ -469,6 +469,7 @@ def train_recognizer(
         "max_image_width": width,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
+        "do_flip_channel_order": False,
         "character_list": ["blank", *ALPHABET],
     }
     prompts, pixels, boxes = reading_data(16000, seed + 1, rough)
