@@ -9,9 +9,9 @@
 
 Your own, `my_rewards.brightness`, is a function of (images, prompts, metadata) to B numbers, or a
 subclass of `Reward` that overrides `score_batch` (or `score_all`, which sees metadata). Nothing is
-differentiated: any Python will do. A reward that fails stops the run; the policy would learn from a
-silent 0. No file of weights can run code. Each class says how its reward is hacked: log one that
-you do not train on beside it.
+differentiated: any Python will do. A reward that fails stops the run, as the policy would learn
+from a silent 0. No file of weights can run code. Each class says how its reward is hacked: log one
+that you do not train on beside it.
 """
 
 import copy
@@ -73,7 +73,7 @@ class Reward:
     def score(self, images, prompts, metadata):
         """Rewards R (B,), float32 on the CPU, and {name: mean} of each part, to log."""
         count = len(images)
-        # Copies: a reward may resize an image in place, which the next one is to see as it was.
+        # Copies: a reward may change them in place, and the next one must not see that.
         images = [image.copy() for image in images]
         prompts = list(prompts)
         metadata = copy.deepcopy(list(metadata))
@@ -97,7 +97,7 @@ class Reward:
         return self.score(images, prompts, metadata)[0]
 
 
-# What lines of metrics.jsonl hold besides a reward's own values.
+# What every line of metrics.jsonl holds besides a reward's own values.
 LOGGED = ("split", "epoch", "step", "images", "seconds", "reward")
 
 
@@ -127,9 +127,9 @@ class WeightedSum(Reward):
 
 
 def parse_spec(spec):
-    """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas. Paths may
-    have commas and colons: what splits are a comma before a reward's name and the last colon before
-    a number, if that is no port."""
+    """[(name, path or None, weight)] of `name[@path-or-repo][:weight]`, joined by commas; a weight
+    is 1 by default. Paths may have commas and colons: only a comma before a reward's name separates
+    rewards, and a number after the last colon is the weight, unless it is a URL's port."""
     names = rf"(?:{'|'.join(REWARDS)}|[a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)+)"
     host = r"\w+://(?:[^/]*@)?(?:\[.*?\]|[^/:]*)(?::\d+)?"
     pattern = rf"({names})(?:@((?:{host})?.*?))?(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?"
@@ -157,7 +157,8 @@ def reward_class(name):
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, type):
-        found.name = found.name or name
+        if vars(found).get("name") is None:  # or it would be logged as the class it is made from
+            found.name = name
         return found
 
     class FunctionReward(Reward):
@@ -170,9 +171,10 @@ def reward_class(name):
 
 
 def default_source(spec):
-    """The prompt generator that suits a spec: that of its first reward."""
+    """The prompt generator that suits a spec: that of its first reward, unless another one needs
+    prompts of its own kind."""
     names = [name for name, _, _ in parse_spec(spec)]
-    picky = [name for name in ("ocr", "geneval") if name in names]  # they can score no others
+    picky = [name for name in ("ocr", "geneval", "color") if name in names]
     return reward_class([*picky, *names][0]).source
 
 
@@ -190,11 +192,12 @@ def logged_name(name, path):
 
 def check_names(*specs):
     """ValueError for two rewards that would be logged under one name."""
-    paths = {}
+    owners = {}
     for name, path, _ in itertools.chain(*(parse_spec(spec) for spec in specs if spec)):
-        path = path and Path(path).absolute()
-        if paths.setdefault(logged_name(name, path), path) != path:
-            raise ValueError(f"rewards at {path} and elsewhere: both are {logged_name(name, path)}")
+        logged = logged_name(name, path) if path else reward_class(name).name
+        owner = f"{name}@{Path(path).absolute()}" if path else name
+        if owners.setdefault(logged, owner) != owner:
+            raise ValueError(f"{owner} and {owners[logged]}: both are logged as {logged}")
 
 
 def load(spec, device):
@@ -226,7 +229,7 @@ def normalize(R, bounds):
 
 class Incompressibility(Reward):
     """Size of the image as a JPEG of quality 95, in kB (Black et al. 2023, arXiv 2305.13301). The
-    range is that at 512 px, from a flat color to a busy image. Hacked by noise."""
+    range is from a JPEG's header to a busy image of 512 px. Hacked by noise."""
 
     name = "incompressibility"
     range = (0.6, 200.0)
@@ -250,7 +253,7 @@ class Compressibility(Incompressibility):
         return -super().score_batch(images, prompts)
 
 
-SIGN_COLORS = {  # as tiny-sd3 was shown them
+SIGN_COLORS = {  # those that the toy model in tiny-sd3/ was trained on
     "red": (200, 40, 40), "green": (30, 140, 60), "blue": (40, 70, 200),
     "black": (30, 30, 34), "brown": (130, 84, 44), "teal": (20, 130, 140),
 }  # fmt: skip
@@ -282,14 +285,16 @@ class Color(Reward):
 
 
 def locate(path, subfolder, repository):
-    """Where `from_pretrained` finds a model: by default in a repository of its own."""
+    """Where `from_pretrained` finds a model: in a subfolder of `path` or, without one, in the
+    model's own repository."""
     if path is None:
         return {"pretrained_model_name_or_path": repository, "subfolder": ""}
     return {"pretrained_model_name_or_path": path, "subfolder": subfolder}
 
 
 def load_model(model_class, place, device, dtype=torch.float32, **options):
-    """A transformers model in eval mode. In float32: in bf16 scores depend on the batch."""
+    """A transformers model in eval mode. By default in float32: in bf16 scores depend on the
+    batch."""
     options |= {"dtype": dtype, "output_loading_info": True}
     model, report = model_class.from_pretrained(**place, **options)
     missing = [key for key in report["missing_keys"] if "num_batches_tracked" not in key]
@@ -300,7 +305,8 @@ def load_model(model_class, place, device, dtype=torch.float32, **options):
 
 
 def load_tensors(place, filename, renames):
-    """A file's tensors, renamed by (pattern, replacement) in order; dropped if renamed to ""."""
+    """A file's tensors, their names changed by each (pattern, replacement) in turn. A tensor whose
+    name becomes empty is dropped."""
     folder = place["pretrained_model_name_or_path"]
     file = transformers.utils.cached_file(folder, filename, subfolder=place["subfolder"])
     state = torch.load(file, map_location="cpu", weights_only=True)
@@ -318,8 +324,8 @@ def load_tensors(place, filename, renames):
 
 def quoted(prompt):
     """The text in the prompt's first double quotes, straight or curly, or ""."""
-    # No straight quote opens after a digit: that of a 12" ruler does not.
-    match = re.search(r'(?<![\d¼½¾])"([^"]*)"|[“”„]([^“”„]*)[“”]', prompt)
+    # No quote opens after a digit: that of a 12" ruler does not.
+    match = re.search(r'(?<![\d¼½¾])(?:"([^"]*)"|[“”„]([^“”„]*)[“”])', prompt)
     return (match[1] or match[2] or "").strip() if match else ""
 
 
@@ -343,39 +349,39 @@ class OCR(Reward):
     """`edit_similarity` of the prompt's quoted text and what PP-OCRv5 reads (Cui et al. 2025, arXiv
     2507.05595): a detector finds boxes around lines of text, a recognizer reads each. As in
     Flow-GRPO (arXiv 2505.05470), other text in the image costs nothing if the text is there to the
-    letter, but counts with the first wrong letter. Hacked by the word alone, huge, or written many
-    times. Weights: Apache 2.0. transformers' image processors for them need torchvision and OpenCV,
-    so the steps around the networks are ours."""
+    letter, but counts as errors as soon as one letter is wrong. Hacked by the word alone, huge, or
+    written many times. Weights: Apache 2.0. transformers' image processors for them need
+    torchvision and OpenCV, so the steps around the networks are ours."""
 
     name = "ocr"
     source = "ocr"
+    is_bgr = True  # PP-OCR's networks want blue first; not so the toys' recognizers
 
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`."""
         self.device = device
         load_settings = transformers.ImageProcessingMixin.get_image_processor_dict
         place = locate(path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors")
-    is_bgr = True  # PP-OCR's networks want blue first; not so the toys' recognizers
         self.detector = load_model(transformers.AutoModelForObjectDetection, place, device)
         settings, _ = load_settings(**place)
+        # PP-OCR gives ImageNet's numbers for red, green, blue to blue, green, red.
         self.mean = settings.get("image_mean") or (0.406, 0.456, 0.485)
         self.std = settings.get("image_std") or (0.225, 0.224, 0.229)
         self.limit = settings.get("limit_side_len") or 960
         self.limit_type = settings.get("limit_type") or "max"
         place = locate(path, "ocr-rec", "PaddlePaddle/PP-OCRv5_server_rec_safetensors")
         self.recognizer = load_model(transformers.AutoModelForTextRecognition, place, device)
-        # PP-OCR gives ImageNet's numbers for red, green, blue to blue, green, red.
         settings, _ = load_settings(**place)
         self.characters = settings["character_list"]
         self.width = (settings.get("size") or {"width": 320})["width"]  # shorter lines are padded
         self.max_width = settings.get("max_image_width") or 3200
+        self.is_bgr = settings.get("do_flip_channel_order", self.is_bgr)
 
     @classmethod
     def check(cls, prompt, metadata):
         if not quoted(prompt):
             raise cls.missing("a text between double quotes", prompt, metadata)
 
-        self.is_bgr = settings.get("do_flip_channel_order", self.is_bgr)
     def score_batch(self, images, prompts):
         texts = self.read(images)
         return [edit_similarity(quoted(prompt), text) for prompt, text in zip(prompts, texts)]
@@ -390,17 +396,17 @@ class OCR(Reward):
             inputs.append(standardize(x, size, self.mean, self.std).flip(0))
         maps = in_batches(lambda x: self.detector(pixel_values=x).last_hidden_state[:, 0], inputs)
         lines = []
-        rows = []  # the image of each line
-        for row, (x, text_map) in enumerate(zip(pixels, maps)):
+        owners = []  # the image of each line, by its index
+        for i, (x, text_map) in enumerate(zip(pixels, maps)):
             boxes = find_boxes(text_map.cpu())
             boxes = [scale_box(box, text_map.shape, x.shape[1:]) for box in boxes]
             for box in reading_order(boxes):
                 lines.append(self.line_input(cut_out(x, box)))
-                rows.append(row)
+                owners.append(i)
         best = in_batches(self.best_classes, lines)
         texts = [[] for _ in images]
-        for row, x in zip(rows, best):
-            texts[row].append(ctc_decode(x, self.characters))
+        for i, x in zip(owners, best):
+            texts[i].append(ctc_decode(x, self.characters))
         return [" ".join(text) for text in texts]
 
     def best_classes(self, lines):
@@ -417,13 +423,13 @@ class OCR(Reward):
     def line_input(self, line):
         """A line of text (3, h, w) in 0..255 as the recognizer wants it."""
         width = self.line_width(line.shape[1:])
-        # In steps of 32, so that lines can share a batch without depending on it.
+        # In steps of 32, so that lines can share a batch, whatever else is in it.
         padded = max(self.width, math.ceil(width / 32) * 32)
         x = resize(line, (48, width)) / 127.5 - 1
         return F.pad(x.flip(0) if self.is_bgr else x, (0, padded - width))
 
     def line_width(self, size):
-        """At a height of 48. As in PP-OCR, only lines that are padded round up."""
+        """At a height of 48. As in PP-OCR, rounded up if the line will be padded, else down."""
         width = 48 * size[1] / size[0]
         return math.ceil(width) if width <= self.width else min(int(width), self.max_width)
 
@@ -463,11 +469,11 @@ def in_batches(model, inputs, batch=16):
 
 
 def components(mask):
-    """The connected components (8 neighbors) of a mask (H, W): the pixels (n, 2) of each, row and
-    column, from the top, from the left."""
+    """The connected components (8 neighbors) of a mask (H, W), each as the row and column of its
+    pixels (n, 2), from the upper left on."""
     steps = F.pad(mask.int(), (1, 1)).diff()
     row, start = (steps == 1).nonzero(as_tuple=True)  # of each run of pixels in a row
-    stop = (steps == -1).nonzero()[:, 1]
+    stop = (steps == -1).nonzero()[:, 1]  # the column after it
     # The runs that touch it in the row above, if only by a corner, are first, ..., last - 1.
     width = mask.shape[1] + 2
     first = torch.searchsorted(row * width + stop, (row - 1) * width + start)
@@ -490,7 +496,7 @@ def components(mask):
 
 def smallest_rectangle(points):
     """The smallest rectangle around points (n, 2), turned by whole degrees: its axes (2, 2), unit
-    vectors along and across a line of text, and where it starts and ends on either, (2,), (2,)."""
+    vectors along and across a line of text, and its start (2,) and end (2,) along each."""
     turns = torch.arange(-45, 45).double().deg2rad()
     axes = torch.stack([turns.cos(), turns.sin(), -turns.sin(), turns.cos()], 1).view(-1, 2, 2)
     start, end = (points @ axes.mT).aminmax(dim=1)
@@ -502,7 +508,7 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
     """Boxes of the lines of text in a map (H, W) in 0..1, which marks a shrunken core of each (Liao
     et al. 2020, arXiv 1911.08947): so boxes grow, maybe over the edge. A box is its corners (4, 2),
     x and y, clockwise from the upper left. Cores that are thin are dropped, and those low on
-    average: over their own pixels, as an upright rectangle around a tilted line is nearly empty."""
+    average, over their own pixels."""
     boxes = []
     for pixels in components(text_map > threshold):
         row, column = pixels.T
@@ -510,7 +516,7 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
             continue
         is_new_row = row.diff() != 0
         is_end = F.pad(is_new_row, (1, 0), value=True) | F.pad(is_new_row, (0, 1), value=True)
-        outline = pixels[is_end].flip(1).double()  # the others lie between those
+        outline = pixels[is_end].flip(1).double()  # a row's other pixels lie between its ends
         axes, start, end = smallest_rectangle(outline)
         width, height = end - start
         if min(width, height) < min_side:
@@ -524,8 +530,8 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
 
 
 def scale_box(box, size, new_size):
-    """A box in a map to whole pixels of an image, none outside. A high one begins at its upper
-    right corner: its text runs down."""
+    """A box in a map to whole pixels of an image, clipped to it. A tall one begins at its upper
+    right corner: its text is taken to run down."""
     size = torch.tensor([size[1], size[0]])
     new_size = torch.tensor([new_size[1], new_size[0]])
     box = torch.minimum((box * new_size / size).round().clamp(min=0), new_size)
@@ -555,9 +561,9 @@ def cut_out(pixels, box):
 
 
 def reading_order(boxes):
-    """Line by line, from the left, along the mean direction of the level boxes or of the upright
-    ones, where there is more text. A line has the boxes beside its highest one: the center of
-    either is between the other's top and bottom."""
+    """Line by line, from the left, along the mean direction of the level or of the upright boxes,
+    whichever hold more text. A box joins a line if its center is level with the line's highest box,
+    or that box's center with it."""
     if not boxes:
         return []
     corners = torch.stack(boxes)
@@ -655,7 +661,8 @@ class PickScore(CLIPScore):
 
 class HPSv2(CLIPScore):
     """Human preference score v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine in a ViT-H-14
-    tuned on HPD v2, of the whole image with black bars, as in github.com/tgxs002/HPSv2. Hacked by
+    tuned on HPD v2. It sees the whole image, with black bars, as in github.com/tgxs002/HPSv2, not
+    the center alone as the rewards beside it do. Hacked by
     one smooth style of illustration, high in contrast. Weights: Apache 2.0."""
 
     name = "hpsv2"
@@ -707,7 +714,7 @@ def score_head(width):
 
 class Aesthetic(Reward):
     """LAION's aesthetic predictor (github.com/christophschuhmann/improved-aesthetic-predictor):
-    1 to 10, from CLIP ViT-L/14's image vector. Hacked by painting anything: it sees no prompt.
+    1 to 10, from CLIP ViT-L/14's image vector. It sees no prompt: hacked by any pretty image.
     Weights: no license stated."""
 
     name = "aesthetic"
@@ -792,7 +799,7 @@ class Chat(Reward):
     def __init__(self, place, processor_class, device):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
         self.processor = processor_class.from_pretrained(**place)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # 7 B parameters
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # 14 GB, not 28
         self.model = load_model(transformers.AutoModelForImageTextToText, place, device, dtype)
 
     def ask(self, images, questions, do_sample=False):
@@ -811,6 +818,8 @@ class Chat(Reward):
             inputs["mm_token_type_ids"] = is_image.int()
         inputs = inputs.to(self.model.device, self.model.dtype)  # integers stay integers
         options = {"do_sample": do_sample, "max_new_tokens": self.max_new_tokens}
+        if do_sample:  # by its own settings a checkpoint may only ever take the likeliest token
+            options |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
         answers = self.model.generate(**inputs, **options)[:, tokens.input_ids.shape[1] :]
         return [x.strip() for x in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -868,7 +877,8 @@ def bertscore_recall(candidate, reference):
 
 class UnifiedReward(Chat):
     """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv
-    2503.05236), with the question of github.com/yifan123/flow_grpo. Marks are coarse and high.
+    2503.05236), of the image squeezed or stretched to 512 px, with the question, both as in
+    github.com/yifan123/flow_grpo. Marks are coarse and high.
     Hacked by text in the image that speaks to the judge. Weights: MIT."""
 
     name = "unifiedreward"
@@ -909,7 +919,7 @@ Text Caption: [{prompt}]"""
         scores = []
         for image, question, reply in zip(images, questions, self.ask(images, questions)):
             if final_score(reply) is None:
-                # Sampled, or a resumed run would meet the same two replies again.
+                # Sampled: else a run that this stops would stop at the same replies when resumed.
                 reply = self.ask([image], [question + self.reminder], do_sample=True)[0]
             if final_score(reply) is None:
                 raise ValueError(f"no 1 to 5 after 'Final Score:' in two replies, {reply!r}")
@@ -918,9 +928,9 @@ Text Caption: [{prompt}]"""
 
 
 def final_score(reply):
-    """The first number after the last "Final Score:", ranges like "1 to 5" aside, if in 1..5."""
+    """The first number after the last "Final Score:", the scale "1 to 5" aside, if in 1..5."""
     _, colon, text = reply.lower().rpartition("final score:")
-    text = re.sub(r"\d+ *(?:to|-|\u2013) *\d+", "", text)
+    text = re.sub(r"(?<![\d.])1 *(?:to|-|\u2013) *5(?!\.?\d)", "", text)
     number = re.search(r"-?\d+(?:\.\d+)?", text)
     if colon and number and 1 <= float(number[0]) <= 5:
         return float(number[0])
@@ -957,16 +967,16 @@ class GenEval(Reward):
     Mask2Former finds objects of COCO's 80 classes, and CLIP ViT-L/14 names their colors, as in
     github.com/djghosh13/geneval, but with another checkpoint and sides that are multiples of 32.
     The reward is `partial_credit`. Logged beside it are the benchmark's numbers: each task's share
-    of images that pass `strict_verdict`, and their mean. Hacked by objects apart, as if pasted.
-    Weights: "other" (Mask2Former), no license stated (CLIP)."""
+    of images that pass `strict_verdict`, and the mean of these shares. Hacked by objects apart, as
+    if pasted. Weights: "other" (Mask2Former), no license stated (CLIP)."""
 
     name = "geneval"
     source = "geneval"
     threshold = 0.3  # of a detection's score, but 0.9 for counting
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
-    shortest = 800  # sides that the detector sees, at most; or `shortest_side` of its config.json
-    longest = 1333
+    shortest = 800  # `shortest_side`, if its config.json has one
+    longest = 1333  # images are scaled until one of the sides is that long
 
     def __init__(self, path, device):
         """path: a folder with `detector`, a Mask2Former for COCO, and `clip`, a CLIPModel."""
@@ -1026,7 +1036,7 @@ class GenEval(Reward):
         return zip(output.class_queries_logits, output.masks_queries_logits)
 
     def name_colors(self, image, name, objects):
-        """Sets each object's color: the nearest, by CLIP, to its box with all else in gray."""
+        """Sets each object's color: the nearest, by CLIP, to its box with all but its mask gray."""
         if name not in self.color_vectors:
             kinds = ("{} {}", "{}-colored {}", "{} object")
             words = [kind.format(color, name) for color in COLORS for kind in kinds]
@@ -1055,9 +1065,9 @@ class Mask2Former(transformers.Mask2FormerForUniversalSegmentation):
 
 def instances(class_logits, mask_logits, size, threshold, input_size=None):
     """{class: [Detection, best first]} in an image of `size` (height, width), from class_logits
-    (Q, 81), the last for no object, and mask_logits (Q, h, w), which are enlarged to the detector's
-    input first, as in mmdet. One query may have several classes (arXiv 2112.01527). At most 16 of
-    a class, as in the benchmark."""
+    (Q, 81), the last for no object, and mask_logits (Q, h, w), which are enlarged to `input_size`,
+    the detector's, and then to `size`, as in mmdet. One query may have several classes (arXiv
+    2112.01527). At most 16 of a class, as in the benchmark."""
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     queries, classes = probabilities.shape
     scores, index = probabilities.flatten().topk(queries)
@@ -1082,8 +1092,8 @@ def instances(class_logits, mask_logits, size, threshold, input_size=None):
 
 
 def relations(a, b):
-    """Which of RELATIONS hold from box a to box b: none, one or two, by their centers. Along each
-    axis a tenth of both sides does not count; the rest must be over half of the distance."""
+    """Which of RELATIONS hold from box a to box b: none, one or two, by their centers. Along
+    an axis their offset, less a tenth of both boxes' sides, must be over half of the distance."""
     dx = (a[0] + a[2] - b[0] - b[2]) / 2
     dy = (a[1] + a[3] - b[1] - b[3]) / 2
     half = math.hypot(dx, dy) / 2
@@ -1096,7 +1106,7 @@ def relations(a, b):
 
 
 def in_position(found, wanted, groups):
-    """Whether each object is where `wanted` says, relative to an earlier group, right itself."""
+    """Whether each object is where `wanted` says, relative to an earlier group, itself correct."""
     relation, target = wanted["position"]
     if groups[target] is None:
         return False
@@ -1123,7 +1133,8 @@ def partial_credit(objects, entry):
     """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025).
     A count n gets 1 - |n - found| / n, below 0 for more than twice as many; a color the share of n
     that has it; a position 1 or 0, judged if the color is right. If the count is wrong, color and
-    position share one 0. (github.com/yifan123/reward-server adds a 1 to a wrong position's 0.)"""
+    position share one 0. (github.com/yifan123/reward-server also adds a 1 to a wrong position's 0;
+    here there is none.)"""
     credits = []
     groups = []
     for wanted in entry["include"]:
@@ -1158,7 +1169,8 @@ def held_out(text):
 
 
 def subjects(prompt, metadata):
-    """What a prompt asks for, in any order: its text and, by GenEval's metadata, its objects."""
+    """What a prompt asks for, alike for any order: its text and, by GenEval's metadata, its
+    objects. The last decides whether it is held out."""
     start = "a photo of " if prompt.startswith("a photo of ") else ""
     texts = [start + " and ".join(sorted(prompt.removeprefix(start).split(" and ")))]
     if metadata.get("tag") in TASKS:
@@ -1174,8 +1186,8 @@ def prompts(source, split, seed=0, exclude=None):
     """Pairs (prompt, metadata) of a source: one of `GENERATORS`, or a .txt or .jsonl file. "train":
     without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
     None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
-    on, nor the same objects in another order. With `exclude`, a file, none of its prompts is, and
-    all others of a file are."""
+    on, nor the same objects in another order. exclude: a file whose prompts are held out as well
+    or, if the source is a file, instead."""
     if split == "train":
         return endless(source, split, random.Random(seed), exclude)
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
@@ -1193,7 +1205,7 @@ def endless(source, split, rng, exclude=None):
         for item in GENERATORS[source](split, rng):  # prompts, or pairs
             prompt, metadata = (item, {}) if isinstance(item, str) else item
             if rejected and metadata.get("tag") != tag:
-                continue  # the next one has a rejected one's tag, or the mixture would change
+                continue  # another task's: the mixture would change
             tag = metadata.get("tag")
             if excluded.isdisjoint(subjects(prompt, metadata)):
                 rejected = 0
@@ -1205,7 +1217,9 @@ def endless(source, split, rng, exclude=None):
     pairs = []
     for pair in read_prompts(source):
         names = subjects(*pair)
-        is_held_out = not excluded.isdisjoint(names) if exclude else held_out(names[-1])
+        is_held_out = held_out(names[-1])
+        if exclude:
+            is_held_out = not excluded.isdisjoint(names)
         if is_held_out == (split == "eval"):
             pairs.append(pair)
     if not pairs:
@@ -1217,7 +1231,7 @@ def endless(source, split, rng, exclude=None):
 
 def read_prompts(source):
     """All pairs (prompt, metadata) of a file, or a generator's evaluation list. Metadata are the
-    fields of a .jsonl's line, and `origin`, file and line, if no field is called so."""
+    fields of a .jsonl's line, and `origin`, file and line, unless it has one."""
     if source in GENERATORS:
         return prompts(source, "eval")
     path = Path(source)
@@ -1241,7 +1255,7 @@ def read_prompts(source):
 
 
 def evaluation_prompts(source, count, file=None):
-    """All pairs of a file, or `count` evaluation pairs of a source; a short list comes again."""
+    """All pairs of a file, or `count` evaluation pairs of a source, repeated if too few."""
     if file:
         return read_prompts(file)
     return list(itertools.islice(itertools.cycle(prompts(source, "eval")), count))
@@ -1293,11 +1307,11 @@ def text_prompts(split, rng):
         scene = rng.choice(SCENES)
         style = rng.choice(STYLES)
         case = rng.choice((str.upper, str.title, str.capitalize))
-        if held_out(text) == (split == "eval"):  # of the lower case: for every spelling alike
+        if held_out(text) == (split == "eval"):  # before `case`, so for every spelling alike
             yield f'A {scene} "{case(text)}"{style}'
 
 
-# DDPO's (Black et al. 2023): 45 animals, of which four are held out, and those with an activity.
+# DDPO's (Black et al. 2023). Of the animals four are held out.
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
 raccoon fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake
 turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog
@@ -1319,8 +1333,8 @@ def activity_prompts(split, rng):
 
 
 def geneval_prompts(split, rng):
-    """GenEval's six tasks over COCO's 80 classes, with metadata as in its files: for evaluation in
-    turn, for training by their shares."""
+    """GenEval's six tasks over COCO's 80 classes, with metadata as in its files: in turn for
+    evaluation, by their shares for training."""
     tasks = itertools.cycle(TASKS)
     if split == "train":
         tasks = (rng.choices(list(TASKS), TASKS.values())[0] for _ in itertools.count())
@@ -1332,7 +1346,7 @@ def geneval_prompts(split, rng):
 
 
 def geneval_prompt(task, rng):
-    a, b = rng.sample(CLASSES[1:] if "color" in task else CLASSES, 2)  # no person is green
+    a, b = rng.sample(CLASSES[1:] if task.startswith("color") else CLASSES, 2)  # no person is green
     first = {"class": a, "count": 1}
     second = {"class": b, "count": 1}
     count = rng.randint(2, 4)
@@ -1355,8 +1369,9 @@ def geneval_prompt(task, rng):
     return f"a photo of {' and '.join(parts)}", metadata
 
 
-PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep"}
-PLURALS["computer mouse"] = "computer mice"
+PLURALS = {
+    "person": "people", "knife": "knives", "sheep": "sheep", "computer mouse": "computer mice",
+}  # fmt: skip
 PORTIONS = {"skis": "pair", "scissors": "pair", "broccoli": "head"}  # counted by these
 
 
@@ -1402,7 +1417,7 @@ def plot_curve(path, metrics):
     """A panel for each number of the last evaluation. metrics: the lines of metrics.jsonl."""
     names = [name for name in metrics[-1] if name not in LOGGED]
     if metrics[-1]["reward"] != metrics[-1][names[0]]:
-        names.insert(0, "reward")  # it is a sum
+        names.insert(0, "reward")  # a sum, of which the first is a part
     columns = min(len(names), 3)
     chart = Image.new("RGB", (columns * 720, math.ceil(len(names) / columns) * 480), "white")
     for i, name in enumerate(names):
@@ -1431,5 +1446,5 @@ def plot_panel(name, lines):
         points = [position(x["images"], x[name]) for x in lines if x["split"] == split]
         pen.line(points, color, thickness, "curve")
     pen.text((110, 24), name, "black", font)
-    pen.text((680, 24), f"{lines[-1][name]:.3g}", color, font, "ra")
+    pen.text((680, 24), f"{lines[-1][name]:.3g}", "#1d4ed8", font, "ra")
     return panel

@@ -1895,7 +1895,7 @@ def test_a_large_model_runs_on_a_cpu_if_asked(monkeypatch, script):
     (crd, dict(height=0), "--height"), (ddpo, dict(micro_batch=-8), "--micro-batch"),
     (crd, dict(lora="nowhere"), "nowhere: there is no such folder"),
     (ddpo, dict(lora="nowhere"), "nowhere: there is no such folder"),
-    (crd, dict(reward="ocr@a/x", eval_rewards="clipscore@a/x,ocr@b/x"), "both are ocr@x"),
+    (crd, dict(reward="ocr@a/x", eval_rewards="clipscore@a/x,ocr@b/x"), "both are logged as ocr@x"),
     (ddpo, dict(reward="ocr", eval_rewards="ocr,aesthetic@a,aesthetic@c/a"), "aesthetic@a"),
 ])  # fmt: skip
 def test_counts_that_make_no_sense_are_refused(script, settings, message):
@@ -1968,7 +1968,7 @@ def test_one_text_in_two_spellings_of_unicode_is_one(target, text):
     ('写着"你好！"和"再见"', "你好！"), ('上面写着"你好"', "你好"),
     ('sign reads"Hello!"and"Bye"', "Hello!"),
     ("a mug with “Good Morning” on it", "Good Morning"),
-    ("写着“中文”的牌子", "中文"),
+    ("写着“中文”的牌子", "中文"), ("a 12” ruler that says “hello”", "hello"),
     ("ein Schild „Hallo“", "Hallo"), ("en skylt med ”Hej”", "Hej"),
     ('вывеска"Хлеб" и "Соль"', "Хлеб"), ('לוח "שלום"', "שלום"), ('شاحنة"خبز"', "خبز"),
     ('“say "hi"”', 'say "hi"'), ('a “12" pizza” box', '12" pizza'), ("it's 'single'", ""),
@@ -2375,6 +2375,9 @@ class Dark(rewards.Reward):
     def score_batch(self, images, prompts):
         return [-image.getpixel((0, 0))[0] for image in images]
 
+class Darker(Dark):
+    pass
+
 class Nameless(rewards.Reward):
     def score_batch(self, images, prompts):
         return [7] * len(images)
@@ -2391,6 +2394,9 @@ class Detailed(rewards.Reward):
 
 class Other(Detailed):
     name = "other"
+
+class Impostor(Other):
+    name = "color"
 
 def shrink(images, prompts, metadata):
     for image in images:
@@ -2439,6 +2445,10 @@ def test_ones_own_reward_is_a_function_or_a_class(own):
     R, values = reward.score([FLAT], ["a"], [{}])
     assert values == {"own_rewards.Nameless": 7, "own_rewards.bright": 90}
     assert R.item() == 52
+    heir = rewards.load("own_rewards.Darker", "cpu")
+    assert heir.score([FLAT], ["a"], [{}])[1] == {"own_rewards.Darker": -90}
+    with pytest.raises(ValueError, match="Impostor and color: both are logged as color"):
+        rewards.check_names("color", "own_rewards.Impostor")
 
 
 def test_the_readmes_own_reward_works(own):
@@ -3000,7 +3010,9 @@ def test_a_second_answer_is_sampled(small, monkeypatch):
     monkeypatch.setattr(reward.model, "generate", generate)
     for do_sample in (False, True):
         reward.ask(IMAGES[:1], ["a cat?"], do_sample=do_sample)
-        assert generate.call_args.kwargs["do_sample"] is do_sample
+        options = generate.call_args.kwargs
+        assert options["do_sample"] is do_sample
+        assert options.get("temperature") == (1.0 if do_sample else None)
 
 
 def test_imagereward_sees_clips_colors(small):
@@ -3062,7 +3074,8 @@ def test_vlm_asks_what_is_in_the_image_and_looks_for_the_prompt_in_the_answer(sm
     ("Final Score: 2 no, Final Score: 5", 5), ("**Final Score:** [4]/5", 4), ("4", None),
     ("Final Score: good", None), ("Final Score: 6", None), ("Final Score: -3", None),
     ("Final Score (1 to 5): 3", None), ("Final Score: 1 to 5. I give 4", 4),
-    ("Final Score: 4 out of 5, for 2 cats", 4),
+    ("Final Score: 4 out of 5, for 2 cats", 4), ("Final Score: 4.5-5", 4.5),
+    ("Final Score: 4 - 2 of 3 cats are missing", 4), ("Final Score: 1-5: 2", 2),
 ])  # fmt: skip
 def test_the_score_is_the_number_after_final_score(reply, score):
     assert rewards.final_score(reply) == score
