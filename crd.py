@@ -7,9 +7,9 @@ What a reader who knows PPO would not expect:
    self, `old`, is fitted to the reward.
 2. No trajectories: a finished image is noised and its velocity predicted, at several noise levels,
    so any ODE sampler will do.
-3. No classifier-free guidance in sampling: a penalty, the anchor, pulls the policy toward what the
-   pretrained model does with guidance. It is weak where the reward is low and there is much to
-   learn, and strong where it is high, against reward hacking.
+3. No classifier-free guidance in sampling: instead, a penalty, the anchor, pulls the policy toward
+   what the pretrained model does with guidance. It is weak where the reward is low and there is
+   much to learn, and strong where it is high, against reward hacking.
 
 Why it works: max_p E_p[R] - beta KL(p || p_old) has the optimum p* = p_old exp(R / beta) / Z, so
 R = beta log(p* / p_old) + beta log Z for any image, whoever drew it. Z is intractable but depends
@@ -24,7 +24,7 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
     rho                how much better than `old` the policy denoises: a proxy for log(p / p_old)
     mean               over an image's latents; mean_i over images, mean_K over a group
     R                  an image's reward
-    A                  its advantage, (R - mean_K R) / (std over all R), clipped to +-clip (5)
+    A                  its advantage, (R - mean_K R) / (std over the epoch), clipped to +-clip (5)
     s                  A / (2 clip) + 1/2, in [0, 1]: stands for R in the loss; the 1/2 cancels
     n                  R scaled to [0, 1] by the range the reward declares: how good the image is
     kappa              weight of the anchor where n = 1; kappa_min, 1e-4, where n = 0
@@ -37,9 +37,9 @@ log Z cancels. What is left is a regression of log-ratios on rewards.
 
 L is computed at one noise level; an optimizer step averages it over several that sampling passes
 through. If no A is clipped, s - mean_K s = A / (2 clip), so the first term pulls rho_i - mean_K rho
-to A_i / (2 clip beta). (As s is not R, and rho has a scale of its own at each level, beta is a
-constant to tune.) The factor clip / beta makes its gradient a policy gradient where rho = 0, as in
-a run's first step:
+to A_i / (2 clip beta). (As s is not R, and rho has a scale of its own at each level, beta is no
+longer the KL's exact weight.) The factor clip / beta makes the first term's gradient a policy
+gradient where rho = 0, as in a run's first step:
 
     (clip / beta) mean_i [-2 beta A_i / (2 clip) grad (rho_i - mean_K rho)] = -mean_i A_i grad rho_i
 
@@ -49,10 +49,10 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
-    old       follows once per epoch and stays behind, so that rho keeps some of what earlier
-              epochs changed: so L limits the drift over several epochs, not just within one
-    sampler   draws the images; follows once per epoch, at least as closely as `old`, for images
-              close to today's policy (the loss could take any)
+    old       follows once per epoch and stays behind: rho then includes what earlier epochs
+              changed, and L limits the drift over several, not just one
+    sampler   draws the images; follows once per epoch, at least as closely as `old`: early on
+              they are of about today's policy (the loss could take any)
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
@@ -168,7 +168,7 @@ class Settings:
 
 
 PRESETS = {
-    # Paper, Table 3. `sampler` copies the policy up to step 75. From epoch 105 on it and `old` are
+    # Paper, Table 3. `sampler` copies the policy up to epoch 37. From 105 on it and `old` are
     # nearly frozen, against drift: images become off-policy, which the loss allows.
     "ocr": dict(),
     # `old` and `sampler` keep moving: after each epoch, at least half of the way to the policy.
@@ -236,9 +236,9 @@ def crd_loss(rho, s, group_size, beta=1.0, clip=5.0, tau=math.inf):
     """(clip / beta) mean_i [beta (rho_i - mean_K rho) - (s_i - mean_K s)]^2; rho, s (B,), the K
     images of a group consecutive. clip: as in reward_targets, where s = A / (2 clip) + 1/2.
 
-    If tau is finite (an option of the paper's, in no preset), mean_K has weights. With
-    softmax(s / tau) images are compared with the best of their group, with softmax(-s / tau) with
-    the worst; the loss is the mean of both. Z cancels with any weights that sum to 1.
+    If tau is finite (an option of the paper's, in no preset), mean_K has weights. softmax(s / tau)
+    compares images with the best of their group, softmax(-s / tau) with the worst; the loss is the
+    mean of both. Z cancels with any weights that sum to 1.
     """
     rho = rho.view(-1, group_size)
     s = s.view(-1, group_size)
@@ -268,8 +268,8 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """{name: number}: "loss" is L, its first term times reward_weight, for whole groups at one
-    sigma; the rest is logged. Without an anchor v_ref is None."""
+    """{name: number}: "loss" is L with its first term times reward_weight, for whole groups at one
+    sigma; the rest is only logged. Without an anchor v_ref is None."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -305,9 +305,9 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, sigma_next, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # Extrapolate, but not in the first step, which has no last x0; from sigma 1 to 0 not in the
-        # second and the last either, as the gaps from 1 and to 0 are infinite; and not over more
-        # than twice the last gap, which would not be safe.
+        # Extrapolate, but not in the first step, which has no last x0; not in the second or the
+        # last, if the gap from sigma 1 or to 0 is infinite; and not over more than twice the last
+        # gap, which would not be safe.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + sigma_next / sigma * (x - D)
@@ -406,7 +406,7 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
-    # Some pipelines return alphas, too: the scales of other formats.
+    # Some pipelines also return a dict of alphas, the scales of other formats.
     tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
@@ -419,7 +419,7 @@ def load_lora(layers, pipe, path, prefix):
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
         # The file's update is scale B A. (Files of these scripts state no lora_alpha: their B
-        # contains the scale, so here scale is 1.) The layer multiplies by its own scale.
+        # contains the scale, and the default gives 1.) The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -671,7 +671,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
     clock = [time.perf_counter()]
 
     # 1. Roll out: K images of each prompt with `sampler`, without guidance. The stream is of pairs
-    # (prompt, metadata), endless; what is held out for evaluations is not in it.
+    # (prompt, metadata), endless; "train" leaves out what is held out for evaluations.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, [p for p, _ in pairs], args)]
@@ -748,7 +748,7 @@ def check(args):
     """Raise ValueError for settings that would fail late, or silently compute something else."""
     K = args.group_size
     if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
-        raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
+        raise ValueError(f"{args.model} needs a GPU: try --preset tiny, or set --device cpu")
     if args.name is None and not args.resume:
         raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
@@ -883,7 +883,7 @@ def run(args, folder):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else it is published with the first epoch, once that is saved
+    if args.epochs == 0:  # else the evaluation is published with the first epoch
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):

@@ -344,7 +344,7 @@ def adapter_state(network):
 def load_lora(layers, pipe, path, prefix):
     """Start every adapter from the LoRA in a folder, saved by this script or by diffusers. prefix:
     the network's name in the pipeline."""
-    # Some pipelines return alphas, too: the scales of other formats.
+    # Some pipelines also return a dict of alphas, the scales of other formats.
     tensors, *alphas, config = pipe.lora_state_dict(path, return_lora_metadata=True)
     config = config or {}  # peft's settings, which our files lack
     names = {f"{prefix}.{name}.lora_{part}.weight" for name in layers for part in "AB"}
@@ -357,7 +357,7 @@ def load_lora(layers, pipe, path, prefix):
         if A.shape != layer.lora_A["policy"].shape:
             raise ValueError(f"{path} has rank {len(A)} in {name}: set --rank, the same for all")
         # The file's update is scale B A. (Files of these scripts state no lora_alpha: their B
-        # contains the scale, so here scale is 1.) The layer multiplies by its own scale.
+        # contains the scale, and the default gives 1.) The layer multiplies by its own scale.
         scale = config.get(f"{prefix}.lora_alpha", len(A)) / len(A)
         B = B * scale / layer.scale
         for adapter in layer.lora_A:
@@ -725,8 +725,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     generator = torch.Generator(device).manual_seed(seed)
     clock = [time.perf_counter()]
 
-    # 1. Roll out. The stream is of pairs (prompt, metadata), endless; what is held out for
-    # evaluations is not in it.
+    # 1. Roll out. The stream is of pairs (prompt, metadata), endless; "train" leaves out what is
+    # held out for evaluations.
     stream = rewards.prompts(source, "train", seed, exclude=args.eval_prompts)
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
@@ -783,7 +783,7 @@ def check(args):
     """Raise ValueError for settings that would fail late, or silently compute something else."""
     K = args.group_size
     if not (args.device or torch.cuda.is_available() or Path(args.model).exists()):
-        raise ValueError(f"{args.model} needs a GPU, and there is none here: try --preset tiny")
+        raise ValueError(f"{args.model} needs a GPU: try --preset tiny, or set --device cpu")
     if args.name is None and not args.resume:
         raise ValueError("settings need a name: make them with `parse`, which applies the preset")
     if PROCESS == 0 and not args.resume and Path(f"runs/{args.name}").exists():
@@ -936,7 +936,7 @@ def run(args, folder, train_epoch):
 
     if PROCESS == 0 and (progress["epoch"] == 0 or args.epochs == 0):
         evaluate()
-    if args.epochs == 0:  # else it is published with the first epoch, once that is saved
+    if args.epochs == 0:  # else the evaluation is published with the first epoch
         publish()
     epochs = range(progress["epoch"], args.epochs)
     for epoch in bar(epochs, folder.name, args.epochs, initial=epochs.start, leave=True):
