@@ -858,20 +858,20 @@ class VLM(Chat):
         return [bertscore_recall(*pair) for pair in zip(answers, captions)]
 
     def token_vectors(self, texts):
-        """The vectors (n, d) of each text's tokens, special ones left out."""
+        """The vectors (n, d) of each text's tokens, from [CLS] to [SEP]."""
         options = {"padding": True, "truncation": True, "max_length": 512, "return_tensors": "pt"}
-        tokens = self.words(texts, return_special_tokens_mask=True, **options)
-        tokens = tokens.to(self.deberta.device)
-        is_word = tokens.pop("special_tokens_mask") == 0
+        tokens = self.words(texts, **options).to(self.deberta.device)
         states = self.deberta(**tokens).last_hidden_state
-        return [x[mask] for x, mask in zip(states, is_word)]
+        return [x[mask == 1] for x, mask in zip(states, tokens.attention_mask)]
 
 
 def bertscore_recall(candidate, reference):
-    """BERTScore's recall, no idf or baseline (arXiv 1904.09675): (n, d) and (m, d) to a number."""
-    if not len(candidate) or not len(reference):
+    """BERTScore's recall, no idf or baseline (arXiv 1904.09675): (n, d) and (m, d) to a number. The
+    first and the last of either, [CLS] and [SEP], do not count; but a word of the reference may be
+    nearest to one of the candidate's, as in github.com/Tiiiger/bert_score."""
+    if len(candidate) <= 2:
         return 0.0
-    cosines = F.normalize(reference, dim=-1) @ F.normalize(candidate, dim=-1).T
+    cosines = F.normalize(reference[1:-1], dim=-1) @ F.normalize(candidate, dim=-1).T
     return cosines.amax(1).mean().item()
 
 

@@ -3039,20 +3039,21 @@ def test_a_model_that_lacks_a_tensor_is_refused(small, tmp_path):
 
 X = [1, 0]
 Y = [0, 1]
+END = [-1, -1]
 
 
 @parametrize("candidate, reference, recall", [
     ([X, Y], [X, Y], 1), ([X], [X, Y], 0.5), ([X, Y], [X], 1), ([[5, 0]], [[0.6, 0.8]], 0.6),
-    ([Y, [3, 4]], [X, [0, -2]], (0.6 - 0.8) / 2), ([], [X], 0), ([X], [], 0),
+    ([Y, [3, 4]], [X, [4, 3]], (0.6 + 0.96) / 2), ([], [X], 0), ([X], [X, END], 1),
 ])  # fmt: skip
 def test_each_token_of_the_reference_finds_its_nearest(candidate, reference, recall):
-    """What the candidate says besides is free."""
-    candidate, reference = (torch.tensor(x).float().view(-1, 2) for x in (candidate, reference))
+    """What the candidate says besides is free; its ends may be the nearest, as in bert_score."""
+    candidate, reference = (torch.tensor([END, *x, END]).float() for x in (candidate, reference))
     assert rewards.bertscore_recall(candidate, reference) == pytest.approx(recall)
 
 
 def test_vlm_asks_what_is_in_the_image_and_looks_for_the_prompt_in_the_answer(small):
-    """By the vectors of a middle layer, special tokens left out."""
+    """By the vectors of a middle layer."""
     reward = small("vlm")
     reward.ask = Mock(return_value=["The image contains a cat", "A dog", ""])
     scores = scores_of(reward, IMAGES[:3], ["a cat"] * 3)
@@ -3064,7 +3065,7 @@ def test_vlm_asks_what_is_in_the_image_and_looks_for_the_prompt_in_the_answer(sm
     with torch.no_grad():
         for text in ("A dog", "The image contains a cat"):
             tokens = reward.words(text, return_tensors="pt")
-            vectors.append(deberta(**tokens, output_hidden_states=True).hidden_states[1][0, 1:-1])
+            vectors.append(deberta(**tokens, output_hidden_states=True).hidden_states[1][0])
     expected = torch.tensor([1, rewards.bertscore_recall(*vectors), 0])
     assert_close(scores, expected, **NEAR)
 
