@@ -15,6 +15,7 @@ that you do not train on beside it.
 """
 
 import copy
+import html
 import importlib
 import io
 import itertools
@@ -601,10 +602,14 @@ class CLIP:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
         self.processor = transformers.CLIPImageProcessorPil.from_pretrained(**place)
         self.model = model or load_model(transformers.CLIPModel, place, device)
+        self.side = self.model.config.vision_config.image_size
 
     def images(self, images):
-        pixels = clip_pixels(self.processor, images).to(self.model.device)
-        return F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1)
+        return self.vectors(clip_pixels(self.processor, images))
+
+    def vectors(self, pixels):
+        features = self.model.get_image_features(pixels.to(self.model.device))
+        return F.normalize(features.pooler_output, dim=-1)
 
     def texts(self, texts):
         unique = list(dict.fromkeys(texts))  # a group shares its prompt
@@ -617,12 +622,24 @@ class CLIP:
 
 def clip_pixels(processor, images):
     """Images of any size to (n, 3, H, W): the processor cuts out the center."""
-    trimmed = []
-    for image in images:
-        # GenEval's crops can be slivers: scaled up whole, they would not fit in memory.
-        surplus = [max(side - 8 * min(image.size), 0) // 2 for side in image.size]
-        trimmed.append(ImageOps.crop(image.convert("RGB"), (*surplus, *surplus)))
-    return processor(trimmed, return_tensors="pt").pixel_values
+    return processor([trim(image) for image in images], return_tensors="pt").pixel_values
+
+
+def trim(image):
+    """In RGB. GenEval's crops can be slivers, which scaled up whole would not fit in memory: of
+    those only the middle, eight times as long as wide."""
+    surplus = [max(side - 8 * min(image.size), 0) // 2 for side in image.size]
+    return ImageOps.crop(image.convert("RGB"), (*surplus, *surplus))
+
+
+def center_square(image, side):
+    """The center as torchvision scales and cuts it out, for originals that use that: at some sizes
+    it is a pixel from transformers'."""
+    image = trim(image)
+    width, height = (int(side * edge / min(image.size)) for edge in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    image = image.resize((width, height), Image.BICUBIC)
+    return image.crop((left, top, left + side, top + side))
 
 
 class CLIPScore(Reward):
@@ -657,6 +674,9 @@ class PickScore(CLIPScore):
 
     def score_batch(self, images, prompts):
         return self.clip.model.logit_scale.exp() * super().score_batch(images, prompts)
+
+
+STRAIGHT = str.maketrans("ʼ‘’‚‛“”„‟", 5 * "'" + 4 * '"')
 
 
 class HPSv2(CLIPScore):
@@ -694,15 +714,24 @@ class HPSv2(CLIPScore):
         return model.eval().to(device)
 
     def score_batch(self, images, prompts):
-        side = self.clip.model.config.vision_config.image_size
+        side = self.clip.side
+        mean, std = (
+            torch.tensor(x).view(3, 1, 1)
+            for x in (self.clip.processor.image_mean, self.clip.processor.image_std)
+        )
         squares = []
-        for image in images:  # ImageOps.pad fails on slivers
-            width, height = (max(round(side * edge / max(image.size)), 1) for edge in image.size)
-            small = image.convert("RGB").resize((width, height), Image.BICUBIC)
-            square = Image.new("RGB", (side, side))
-            square.paste(small, ((side - width) // 2, (side - height) // 2))
-            squares.append(square)
-        return super().score_batch(squares, prompts)
+        for image in images:
+            pixels = to_pixels(image, "cpu") / 255
+            scale = side / max(image.size)
+            height, width = (max(round(edge * scale), 1) for edge in pixels.shape[1:])
+            # As numbers, not as an image: values beyond 0 and 1 beside sharp edges stay.
+            x = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+            left, top = (side - width) // 2, (side - height) // 2
+            square = F.pad(x, (left, side - width - left, top, side - height - top))
+            squares.append((square - mean) / std)
+        # OpenCLIP's tokenizer cleans texts by ftfy, of which this is what prompts need.
+        texts = [html.unescape(html.unescape(prompt)).translate(STRAIGHT) for prompt in prompts]
+        return (self.clip.vectors(torch.stack(squares)) * self.clip.texts(texts)).sum(-1)
 
 
 def score_head(width):
@@ -781,7 +810,8 @@ class ImageReward(Reward):
     def score_batch(self, images, prompts):
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, max_length=35, **options).to(self.device)
-        pixels = clip_pixels(self.processor, images).to(self.device)
+        squares = [center_square(image, self.vision["image_size"]) for image in images]
+        pixels = clip_pixels(self.processor, squares).to(self.device)
         states = self.model["vision"](pixels).last_hidden_state
         text = (tokens.input_ids, tokens.attention_mask)
         states = self.model["text"](*text, encoder_hidden_states=states).last_hidden_state
@@ -928,12 +958,12 @@ Text Caption: [{prompt}]"""
 
 
 def final_score(reply):
-    """The first number after the last "Final Score:", the scale "1 to 5" aside, if in 1..5."""
+    """The number right after the last "Final Score:", the scale "1 to 5" aside, if in 1..5."""
     _, colon, text = reply.lower().rpartition("final score:")
     text = re.sub(r"(?<![\d.])1 *(?:to|-|\u2013) *5(?!\.?\d)", "", text)
-    number = re.search(r"-?\d+(?:\.\d+)?", text)
-    if colon and number and 1 <= float(number[0]) <= 5:
-        return float(number[0])
+    number = re.match(r"[\s*:()\[]*(\d+(?:\.\d+)?)", text)
+    if colon and number and 1 <= float(number[1]) <= 5:
+        return float(number[1])
     return None
 
 
@@ -1048,7 +1078,8 @@ class GenEval(Reward):
         crops = []
         for found in objects:
             mask = Image.fromarray(found.mask.numpy())
-            crops.append(Image.composite(image, gray, mask).crop(found.box))
+            crop = Image.composite(image, gray, mask).crop(found.box)
+            crops.append(center_square(crop, self.clip.side))
         for found, vector in zip(objects, self.clip.images(crops)):
             found.color = COLORS[(self.color_vectors[name] @ vector).argmax()]
 

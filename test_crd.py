@@ -2909,18 +2909,25 @@ def test_models_score_any_image_and_any_text_whatever_is_beside_it(small, monkey
     assert torch.allclose(crossed, scores, **NEAR) == (name == "aesthetic")
 
 
-def test_hpsv2_computes_openclips_cosine(small):
-    """Of the whole image with black bars, in OpenAI's colors."""
+@parametrize(
+    "size, place",
+    [((48, 96), (slice(None), slice(None), slice(8, 24))), ((96, 48), (slice(None), slice(8, 24)))],
+)
+def test_hpsv2_computes_openclips_cosine(small, size, place):
+    """Of the whole image with black bars, in OpenAI's colors, and of the text in plain quotes."""
     reward = small("hpsv2")
     model = openclip()
     visual = model.visual
-    image = noise_image(0, (48, 96))
-    square = Image.new("RGB", (32, 32))
-    square.paste(image.resize((16, 32), Image.BICUBIC), (8, 0))
+    image = noise_image(0, size)
+    pixels = torch.zeros(3, 32, 32)
+    numbers = rewards.to_pixels(image, CPU)[None] / 255
+    small_size = pixels[place].shape[1:]
+    options = dict(mode="bicubic", antialias=True)
+    pixels[place] = torch.nn.functional.interpolate(numbers, small_size, **options)[0]
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    pixels = (rewards.to_pixels(square, CPU) / 255 - mean) / std
-    ids = reward.clip.tokenizer(["a cat"], return_tensors="pt").input_ids
+    pixels = (pixels - mean) / std
+    ids = reward.clip.tokenizer(['a cat\'s "t" & t'], return_tensors="pt").input_ids
     length = ids.shape[1]
     with torch.no_grad():
         x = visual.conv1(pixels[None]).flatten(2).transpose(1, 2)
@@ -2931,12 +2938,16 @@ def test_hpsv2_computes_openclips_cosine(small):
         y = model.transformer(y, torch.full((length, length), -math.inf).triu(1))
         y = model.ln_final(y[:, -1]) @ model.text_projection
     expected = torch.cosine_similarity(x, y)
-    assert_close(scores_of(reward, [image], ["a cat"]), expected, **NEAR)
-    wide = noise_image(0, (96, 48))
-    square = Image.new("RGB", (32, 32))
-    square.paste(wide.resize((32, 16), Image.BICUBIC), (0, 8))
-    scores = [scores_of(reward, [x], ["a cat"]) for x in (wide, square)]
-    assert_close(*scores, **NEAR)
+    assert_close(scores_of(reward, [image], ["a cat’s “t” &amp; t"]), expected, **NEAR)
+
+
+@parametrize("size, corner", [((35, 32), (2, 0)), ((33, 32), (0, 0)), ((32, 39), (0, 4))])
+def test_a_square_is_cut_out_as_by_torchvision(size, corner):
+    """Half a pixel goes to the even side; transformers always starts below it."""
+    image = noise_image(0, size)
+    x, y = corner
+    square = image.crop((x, y, x + 32, y + 32))
+    assert rewards.center_square(image, 32).tobytes() == square.tobytes()
 
 
 def test_clip_sees_the_center_and_pickscore_is_over_the_temperature(small):
@@ -3074,7 +3085,8 @@ def test_vlm_asks_what_is_in_the_image_and_looks_for_the_prompt_in_the_answer(sm
     ("Final Score: **3.75**", 3.75), ("cat: 1\nFinal Score:\n2.5.", 2.5), ("FINAL SCORE: 4", 4),
     ("Final Score: 2 no, Final Score: 5", 5), ("**Final Score:** [4]/5", 4), ("4", None),
     ("Final Score: good", None), ("Final Score: 6", None), ("Final Score: -3", None),
-    ("Final Score (1 to 5): 3", None), ("Final Score: 1 to 5. I give 4", 4),
+    ("Final Score (1 to 5): 3", None), ("Final Score: 1 to 5. I give 4", None),
+    ("Final Score: N/A. The image has 3 dogs", None), ("Final Score: (1 to 5) 4", 4),
     ("Final Score: 4 out of 5, for 2 cats", 4), ("Final Score: 4.5-5", 4.5),
     ("Final Score: 4 - 2 of 3 cats are missing", 4), ("Final Score: 1-5: 2", 2),
 ])  # fmt: skip
@@ -3232,7 +3244,7 @@ def test_an_objects_color_is_that_of_its_pixels_on_gray(small):
         assert {crop.getpixel((0, 0)) for crop in crops} == {(153, 153, 153)}
         return torch.eye(10)[[0 if crop.getpixel((1, 0))[0] else 4 for crop in crops]]
 
-    reward.clip = SimpleNamespace(texts=texts, images=images)
+    reward.clip = SimpleNamespace(texts=texts, images=images, side=4)
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:6, 3:5] = True
     for color in ("red", "blue"):
@@ -3259,7 +3271,8 @@ def test_a_color_is_the_direction_of_its_three_texts_mean(small):
         red = [(X + a * Y) / (X + a * Y).norm() for a in (9.0, 0.0, -9.0)]
         return torch.stack(red + [(0.6 * X + Y) / (0.6 * X + Y).norm()] * 27)
 
-    reward.clip = SimpleNamespace(texts=texts, images=lambda crops: X.expand(len(crops), 3))
+    images = lambda crops: X.expand(len(crops), 3)  # noqa: E731
+    reward.clip = SimpleNamespace(texts=texts, images=images, side=8)
     cats = [rewards.Detection(1.0, (0, 0, 8, 8), torch.ones(8, 8, dtype=torch.bool))]
     reward.name_colors(Image.new("RGB", (8, 8)), "cat", cats)
     assert cats[0].color == "red"
