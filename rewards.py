@@ -1145,7 +1145,8 @@ def in_position(found, wanted, groups):
 
 
 def strict_verdict(objects, entry):
-    """The benchmark's, on {class: [Detection]}: it looks at the best `count` of each class."""
+    """The benchmark's, on {class: [Detection]}: it looks at the best `count` of each class. (In
+    Flow-GRPO's logs it is called accuracy; its strict accuracy wants exact counts.)"""
     groups = []
     for wanted in entry["include"]:
         found = objects.get(wanted["class"], [])[: wanted["count"]]
