@@ -715,20 +715,17 @@ class HPSv2(CLIPScore):
 
     def score_batch(self, images, prompts):
         side = self.clip.side
-        mean, std = (
-            torch.tensor(x).view(3, 1, 1)
-            for x in (self.clip.processor.image_mean, self.clip.processor.image_std)
-        )
+        mean, std = self.clip.processor.image_mean, self.clip.processor.image_std
         squares = []
         for image in images:
-            pixels = to_pixels(image, "cpu") / 255
+            pixels = to_pixels(image, "cpu")
             scale = side / max(image.size)
             height, width = (max(round(edge * scale), 1) for edge in pixels.shape[1:])
-            # As numbers, not as an image: values beyond 0 and 1 beside sharp edges stay.
+            # As numbers, not as an image: values beyond 0 and 255 beside sharp edges stay.
             x = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
             left, top = (side - width) // 2, (side - height) // 2
             square = F.pad(x, (left, side - width - left, top, side - height - top))
-            squares.append((square - mean) / std)
+            squares.append(standardize(square, (side, side), mean, std))
         # OpenCLIP's tokenizer cleans texts by ftfy, of which this is what prompts need.
         texts = [html.unescape(html.unescape(prompt)).translate(STRAIGHT) for prompt in prompts]
         return (self.clip.vectors(torch.stack(squares)) * self.clip.texts(texts)).sum(-1)
@@ -899,7 +896,7 @@ def bertscore_recall(candidate, reference):
     """BERTScore's recall, no idf or baseline (arXiv 1904.09675): (n, d) and (m, d) to a number. The
     first and the last of either, [CLS] and [SEP], do not count; but a word of the reference may be
     nearest to one of the candidate's, as in github.com/Tiiiger/bert_score."""
-    if len(candidate) <= 2:
+    if len(candidate) <= 2 or len(reference) <= 2:
         return 0.0
     cosines = F.normalize(reference[1:-1], dim=-1) @ F.normalize(candidate, dim=-1).T
     return cosines.amax(1).mean().item()

@@ -3056,6 +3056,7 @@ END = [-1, -1]
 @parametrize("candidate, reference, recall", [
     ([X, Y], [X, Y], 1), ([X], [X, Y], 0.5), ([X, Y], [X], 1), ([[5, 0]], [[0.6, 0.8]], 0.6),
     ([Y, [3, 4]], [X, [4, 3]], (0.6 + 0.96) / 2), ([], [X], 0), ([X], [X, END], 1),
+    ([X], [], 0), ([X], [[-0.352, 0.936]], -0.352),
 ])  # fmt: skip
 def test_each_token_of_the_reference_finds_its_nearest(candidate, reference, recall):
     """What the candidate says besides is free; its ends may be the nearest, as in bert_score."""
