@@ -195,7 +195,8 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
     alpha_next = alphas_cumprod[t_next.view(-1).clamp(min=0)].view(shape)
     x0 = (x - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
     std = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
-    direction = (1 - alpha_next - std**2).sqrt() * noise_pred
+    # Clamped, as at eta = 1 it can be less than its rounding error.
+    direction = (1 - alpha_next - std**2).clamp(min=0).sqrt() * noise_pred
     return gaussian_step(alpha_next.sqrt() * x0 + direction, std, x_next, generator)
 
 

@@ -314,6 +314,17 @@ def test_ddim_step_is_diffusers(eta, shape):
     alphas = scheduler.alphas_cumprod
     x_next, _ = ddpo.ddim_step(noise_pred, x, t, t - 20, alphas, eta, generator=generator)
     assert_close(x_next, torch.stack(expected))
+    x_next, _ = ddpo.ddim_step(noise_pred, x, t, t - 20, alphas, 50.0)
+    assert x_next.isfinite().all()
+
+
+def test_no_ddim_step_takes_the_root_of_a_rounding_error():
+    """From any timestep to any earlier one, with DDPM's betas and eta 1."""
+    alphas = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
+    t, t_next = torch.tril_indices(1000, 1000, -1)
+    x = torch.ones(len(t), 1)
+    x_next, _ = ddpo.ddim_step(x, x, t, t_next, alphas)
+    assert x_next.isfinite().all()
 
 
 @parametrize("noise_level", [0.0, 0.3, 0.7])
