@@ -98,8 +98,12 @@ class Reward:
         return self.score(images, prompts, metadata)[0]
 
 
-# What every line of metrics.jsonl holds besides a reward's own values.
-LOGGED = ("split", "epoch", "step", "images", "seconds", "reward")
+# What lines of metrics.jsonl hold besides a reward's own values.
+LOGGED = (
+    "split", "epoch", "step", "images", "seconds", "reward", "rollout_seconds", "reward_seconds",
+    "train_seconds", "peak_gb", "loss", "grad_norm", "crd_loss", "anchor_loss", "rho_variance",
+    "rho_std", "approx_kl", "clip_fraction", "ratio_error", "first_ratio_error",
+)  # fmt: skip
 
 
 class WeightedSum(Reward):

@@ -806,6 +806,7 @@ def test_the_golden_runs_give_their_numbers(run, sd1, name):
     words = []
     print()
     for line in read_metrics(run(script, "golden", 2, **settings)):
+        assert line.keys() - {"own.red", "own.left"} <= set(rewards.LOGGED)
         numbers = [f"{key} {line[key]:.4g}" for key in line if key not in rewards.LOGGED[:4]]
         text = f"{line['split']} {line['epoch']} {' '.join(numbers)}"
         print(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="        "))
@@ -1851,6 +1852,7 @@ def test_seconds_are_those_of_each_phase_and_of_all_epochs(run, monkeypatch, scr
     trained = [line for line in lines if line["split"] == "train"]
     for line in trained:
         assert line["reward_seconds"] > 0.3 and line["rollout_seconds"] > 0.6
+        assert line.keys() - {"incompressibility"} <= set(rewards.LOGGED)
     phases = [x[f"{name}_seconds"] for x in trained for name in ("rollout", "reward", "train")]
     assert trained[-1]["seconds"] == pytest.approx(sum(phases), rel=0.01)
 
@@ -2493,7 +2495,7 @@ def test_details_are_logged_as_floats(own):
 
 
 @parametrize("name, value", [
-    *((name, 1) for name in "split epoch step images seconds reward detailed".split()),
+    *((name, 1) for name in "split epoch step images seconds reward loss detailed".split()),
     ("part", float("nan")),
 ])  # fmt: skip
 def test_details_that_cannot_be_logged_are_refused(own, monkeypatch, name, value):
