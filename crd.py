@@ -267,20 +267,6 @@ def anchor_loss(v, v_ref, n, kappa, kappa_min=1e-4):
     return (kappas * error.square().mean(1)).mean()
 
 
-def objective(v, v_old, v_ref, u, s, n, args):
-    """{name: number}: "loss" is L with its first term times reward_weight, for whole groups at one
-    sigma; the rest is only logged. Without an anchor v_ref is None."""
-    rho = implicit_reward(v, v_old, u)
-    terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
-    terms["loss"] = args.reward_weight * terms["crd_loss"]
-    if args.anchor:
-        terms["anchor_loss"] = anchor_loss(v, v_ref, n, args.anchor)
-        terms["loss"] = terms["loss"] + terms["anchor_loss"]
-    groups = rho.detach().view(-1, args.group_size)
-    terms["rho_variance"] = groups.var(1, correction=0).mean()
-    return terms
-
-
 def ema_decay(step, start_step, start_value, slope, end_value):
     """start_value until optimizer step start_step, then a rise by slope a step up to end_value."""
     if step < start_step:
@@ -632,6 +618,20 @@ def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_
             predict = partial(velocity, pipe, cond=c, uncond=uncond, guidance=guidance)
             latents.append(sample_ode(predict, noise[rows], sigmas))
     return torch.cat(latents)
+
+
+def objective(v, v_old, v_ref, u, s, n, args):
+    """{name: number}: "loss" is L with its first term times reward_weight, for whole groups at one
+    sigma; the rest is only logged. Without an anchor v_ref is None."""
+    rho = implicit_reward(v, v_old, u)
+    terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
+    terms["loss"] = args.reward_weight * terms["crd_loss"]
+    if args.anchor:
+        terms["anchor_loss"] = anchor_loss(v, v_ref, n, args.anchor)
+        terms["loss"] = terms["loss"] + terms["anchor_loss"]
+    groups = rho.detach().view(-1, args.group_size)
+    terms["rho_variance"] = groups.var(1, correction=0).mean()
+    return terms
 
 
 def gather(value):
