@@ -42,7 +42,7 @@ class Reward:
     """Gives each image a number."""
 
     name = None  # under which it is logged: by default as in the spec
-    range = (0.0, 1.0)  # where scores lie, only used by `normalize`
+    range = (0.0, 1.0)  # that `normalize` maps to [0, 1]; scores beyond it are clipped there
     source = "animals"  # of prompts that suit it, unless --prompts is given
     batch = 16  # images per forward pass
 
@@ -137,7 +137,8 @@ def parse_spec(spec):
     rewards, and a number after the last colon is the weight, unless it is a URL's port."""
     names = rf"(?:{'|'.join(REWARDS)}|[a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)+)"
     host = r"\w+://(?:[^/]*@)?(?:\[.*?\]|[^/:]*)(?::\d+)?"
-    pattern = rf"({names})(?:@((?:{host})?.*?))?(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?"
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+    pattern = rf"({names})(?:@((?:{host})?.*?))?(?::({number}))?"
     parts = []
     for item in re.split(rf",\s*(?={names}(?:[@:,]|\s*$))", spec):
         match = re.fullmatch(pattern, item.strip())
@@ -179,7 +180,7 @@ def default_source(spec):
     """The prompt generator that suits a spec: that of its first reward, unless another one needs
     prompts of its own kind."""
     names = [name for name, _, _ in parse_spec(spec)]
-    picky = [name for name in ("ocr", "geneval", "color") if name in names]
+    picky = [name for name in ("geneval", "color", "ocr") if name in names]
     return reward_class([*picky, *names][0]).source
 
 
@@ -290,7 +291,7 @@ class Color(Reward):
 
 
 def locate(path, subfolder, repository):
-    """Where `from_pretrained` finds a model: in a subfolder of `path` or, without one, in the
+    """Where `from_pretrained` finds a model: in a subfolder of `path` or, if that is None, in the
     model's own repository."""
     if path is None:
         return {"pretrained_model_name_or_path": repository, "subfolder": ""}
@@ -360,7 +361,7 @@ class OCR(Reward):
 
     name = "ocr"
     source = "ocr"
-    is_bgr = True  # PP-OCR's networks want blue first; not so the toys' recognizers
+    recognizer_is_bgr = True  # PP-OCR's networks want blue first; the toys' recognizers do not
 
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`."""
@@ -369,7 +370,7 @@ class OCR(Reward):
         place = locate(path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors")
         self.detector = load_model(transformers.AutoModelForObjectDetection, place, device)
         settings, _ = load_settings(**place)
-        # PP-OCR gives ImageNet's numbers for red, green, blue to blue, green, red.
+        # For red, green, blue. (PP-OCR takes ImageNet's numbers for red to blue, and vice versa.)
         self.mean = settings.get("image_mean") or (0.406, 0.456, 0.485)
         self.std = settings.get("image_std") or (0.225, 0.224, 0.229)
         self.limit = settings.get("limit_side_len") or 960
@@ -380,7 +381,7 @@ class OCR(Reward):
         self.characters = settings["character_list"]
         self.width = (settings.get("size") or {"width": 320})["width"]  # shorter lines are padded
         self.max_width = settings.get("max_image_width") or 3200
-        self.is_bgr = settings.get("do_flip_channel_order", self.is_bgr)
+        self.recognizer_is_bgr = settings.get("do_flip_channel_order", self.recognizer_is_bgr)
 
     @classmethod
     def check(cls, prompt, metadata):
@@ -431,7 +432,7 @@ class OCR(Reward):
         # In steps of 32, so that lines can share a batch, whatever else is in it.
         padded = max(self.width, math.ceil(width / 32) * 32)
         x = resize(line, (48, width)) / 127.5 - 1
-        return F.pad(x.flip(0) if self.is_bgr else x, (0, padded - width))
+        return F.pad(x.flip(0) if self.recognizer_is_bgr else x, (0, padded - width))
 
     def line_width(self, size):
         """At a height of 48. As in PP-OCR, rounded up if the line will be padded, else down."""
@@ -474,12 +475,12 @@ def in_batches(model, inputs, batch=16):
 
 
 def components(mask):
-    """The connected components (8 neighbors) of a mask (H, W), each as the row and column of its
-    pixels (n, 2), from the upper left on."""
+    """The connected components (8 neighbors) of a mask (H, W), in no order; each as the row and
+    column of its pixels (n, 2), row by row."""
     steps = F.pad(mask.int(), (1, 1)).diff()
     row, start = (steps == 1).nonzero(as_tuple=True)  # of each run of pixels in a row
     stop = (steps == -1).nonzero()[:, 1]  # the column after it
-    # The runs that touch it in the row above, if only by a corner, are first, ..., last - 1.
+    # Runs first to last - 1 touch this one from the row above, if only by a corner.
     width = mask.shape[1] + 2
     first = torch.searchsorted(row * width + stop, (row - 1) * width + start)
     last = torch.searchsorted(row * width + start, (row - 1) * width + stop, right=True)
@@ -513,7 +514,7 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
     """Boxes of the lines of text in a map (H, W) in 0..1, which marks a shrunken core of each (Liao
     et al. 2020, arXiv 1911.08947): so boxes grow, maybe over the edge. A box is its corners (4, 2),
     x and y, clockwise from the upper left. Cores that are thin are dropped, and those low on
-    average, over their own pixels."""
+    average, over their own pixels. The defaults are PP-OCR's."""
     boxes = []
     for pixels in components(text_map > threshold):
         row, column = pixels.T
@@ -638,7 +639,7 @@ def trim(image):
 
 def center_square(image, side):
     """The center as torchvision scales and cuts it out, for originals that use that: at some sizes
-    it is a pixel from transformers'."""
+    transformers' is one pixel away."""
     image = trim(image)
     width, height = (int(side * edge / min(image.size)) for edge in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
@@ -686,8 +687,8 @@ STRAIGHT = str.maketrans("ʼ‘’‚‛“”„‟", 5 * "'" + 4 * '"')
 class HPSv2(CLIPScore):
     """Human preference score v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine in a ViT-H-14
     tuned on HPD v2. It sees the whole image, with black bars, as in github.com/tgxs002/HPSv2, not
-    the center alone as the rewards beside it do. Hacked by
-    one smooth style of illustration, high in contrast. Weights: Apache 2.0."""
+    the center alone as the rewards beside it do. Hacked by one smooth style of illustration, high
+    in contrast. Weights: Apache 2.0."""
 
     name = "hpsv2"
     range = (0.1, 0.4)
@@ -824,8 +825,9 @@ class ImageReward(Reward):
 
 
 class Chat(Reward):
-    """Base of rewards that ask a vision-language model. A subclass has `inputs`: from images to a
-    dict of the model's inputs, and the number of vectors that an image becomes."""
+    """Base of rewards that ask a vision-language model. A subclass has `template`, `image_token`,
+    `max_new_tokens`, and `inputs`: from images to a dict of the model's inputs, and the number of
+    vectors that an image becomes."""
 
     def __init__(self, place, processor_class, device):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
@@ -849,7 +851,7 @@ class Chat(Reward):
             inputs["mm_token_type_ids"] = is_image.int()
         inputs = inputs.to(self.model.device, self.model.dtype)  # integers stay integers
         options = {"do_sample": do_sample, "max_new_tokens": self.max_new_tokens}
-        if do_sample:  # by its own settings a checkpoint may only ever take the likeliest token
+        if do_sample:  # a checkpoint's own settings may say top_k 1: the likeliest token only
             options |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
         answers = self.model.generate(**inputs, **options)[:, tokens.input_ids.shape[1] :]
         return [x.strip() for x in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -909,8 +911,8 @@ def bertscore_recall(candidate, reference):
 class UnifiedReward(Chat):
     """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv
     2503.05236), of the image squeezed or stretched to 512 px, with the question, both as in
-    github.com/yifan123/flow_grpo. Marks are coarse and high.
-    Hacked by text in the image that speaks to the judge. Weights: MIT."""
+    github.com/yifan123/flow_grpo. Marks are coarse and high. Hacked by text in the image that
+    speaks to the judge. Weights: MIT."""
 
     name = "unifiedreward"
     range = (1.0, 5.0)
@@ -950,7 +952,7 @@ Text Caption: [{prompt}]"""
         scores = []
         for image, question, reply in zip(images, questions, self.ask(images, questions)):
             if final_score(reply) is None:
-                # Sampled: else a run that this stops would stop at the same replies when resumed.
+                # Sampled: the likeliest reply would stop a run again each time it is resumed.
                 reply = self.ask([image], [question + self.reminder], do_sample=True)[0]
             if final_score(reply) is None:
                 raise ValueError(f"no 1 to 5 after 'Final Score:' in two replies, {reply!r}")
@@ -1006,8 +1008,8 @@ class GenEval(Reward):
     threshold = 0.3  # of a detection's score, but 0.9 for counting
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
-    shortest = 800  # `shortest_side`, if its config.json has one
-    longest = 1333  # images are scaled until one of the sides is that long
+    shortest = 800  # images are scaled to this shorter side (or config.json's `shortest_side`),
+    longest = 1333  # or to this longer one, if that makes them smaller
 
     def __init__(self, path, device):
         """path: a folder with `detector`, a Mask2Former for COCO, and `clip`, a CLIPModel."""
@@ -1202,8 +1204,8 @@ def held_out(text):
 
 
 def subjects(prompt, metadata):
-    """What a prompt asks for, alike for any order: its text and, by GenEval's metadata, its
-    objects. The last decides whether it is held out."""
+    """What a prompt asks for, alike for any order: [its text] or, with GenEval's metadata, [its
+    text, its objects]. The last decides whether it is held out."""
     start = "a photo of " if prompt.startswith("a photo of ") else ""
     texts = [start + " and ".join(sorted(prompt.removeprefix(start).split(" and ")))]
     if metadata.get("tag") in TASKS:
@@ -1219,8 +1221,11 @@ def prompts(source, split, seed=0, exclude=None):
     """Pairs (prompt, metadata) of a source: one of `GENERATORS`, or a .txt or .jsonl file. "train":
     without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
     None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
-    on, nor the same objects in another order. exclude: a file whose prompts are held out as well
-    or, if the source is a file, instead."""
+    on, nor the same objects in another order. exclude, only for "train": a file whose prompts are
+    held out as well or, if the source is a file, instead."""
+    if split not in ("train", "eval") or split == "eval" and exclude:
+        raise ValueError(f'split is "train" or, without exclude, "eval": not {split!r}')
+    endless = generated if source in GENERATORS else from_file
     if split == "train":
         return endless(source, split, random.Random(seed), exclude)
     # Sources with few evaluation prompts repeat themselves: stop looking after a while.
@@ -1228,31 +1233,32 @@ def prompts(source, split, seed=0, exclude=None):
     return list(dict(pairs).items())[:512]
 
 
-def endless(source, split, rng, exclude=None):
-    excluded = set()
-    if exclude:
-        excluded.update(*(subjects(*pair) for pair in read_prompts(exclude)))
-    if source in GENERATORS:
-        tag = None
-        rejected = 0  # in a row
-        for item in GENERATORS[source](split, rng):  # prompts, or pairs
-            prompt, metadata = (item, {}) if isinstance(item, str) else item
-            if rejected and metadata.get("tag") != tag:
-                continue  # another task's: the mixture would change
-            tag = metadata.get("tag")
-            if excluded.isdisjoint(subjects(prompt, metadata)):
-                rejected = 0
-                yield prompt, {"origin": f"prompt generator {source}", **metadata}
-            else:
-                rejected += 1
-                if rejected == 10_000:
-                    raise ValueError(f"nothing of {source} is left to train on: see {exclude}")
+def generated(source, split, rng, exclude=None):
+    """Pairs of a generator, without end."""
+    excluded = all_subjects(exclude)
+    tag = None
+    rejected = 0  # in a row
+    for item in GENERATORS[source](split, rng):  # prompts, or pairs
+        prompt, metadata = (item, {}) if isinstance(item, str) else item
+        if rejected and metadata.get("tag") != tag:
+            continue  # another task's: the mixture would change
+        tag = metadata.get("tag")
+        if excluded.isdisjoint(subjects(prompt, metadata)):
+            rejected = 0
+            yield prompt, {"origin": f"prompt generator {source}", **metadata}
+        else:
+            rejected += 1
+            if rejected == 10_000:
+                raise ValueError(f"nothing of {source} is left to train on: see {exclude}")
+
+
+def from_file(source, split, rng, exclude=None):
+    """Pairs of a file, without end, each time through in another order."""
+    excluded = all_subjects(exclude)
     pairs = []
     for pair in read_prompts(source):
         names = subjects(*pair)
-        is_held_out = held_out(names[-1])
-        if exclude:
-            is_held_out = not excluded.isdisjoint(names)
+        is_held_out = not excluded.isdisjoint(names) if exclude else held_out(names[-1])
         if is_held_out == (split == "eval"):
             pairs.append(pair)
     if not pairs:
@@ -1260,6 +1266,11 @@ def endless(source, split, rng, exclude=None):
         raise ValueError(f"{source} has no prompt for {split}: {kept} is for evaluation")
     while True:
         yield from rng.sample(pairs, len(pairs))
+
+
+def all_subjects(file):
+    """What all prompts of a file, if there is one, ask for."""
+    return {name for pair in read_prompts(file) for name in subjects(*pair)} if file else set()
 
 
 def read_prompts(source):

@@ -2370,6 +2370,11 @@ def test_a_weight_that_makes_no_sense_is_refused(spec):
         rewards.parse_spec(spec)
 
 
+def test_a_weight_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="no reward is called 'ocr:1.2.3'"):
+        rewards.parse_spec("color:.5,ocr:1.2.3")
+
+
 @pytest.fixture
 def own(monkeypatch, tmp_path):
     """own_rewards.py in the working directory, imported anew."""
@@ -2454,6 +2459,7 @@ def test_ones_own_reward_is_a_function_or_a_class(own):
     assert reward.score([FLAT], ["a"], [{}]) == (90, {"own_rewards.bright": 90, "dark": -90})
     assert rewards.default_source("own_rewards.Dark") == "signs"
     assert rewards.default_source("color,geneval:-1") == "geneval"
+    assert rewards.default_source("ocr,color") == "signs"
     reward = rewards.load("own_rewards.Nameless,own_rewards.bright:0.5", "cpu")
     R, values = reward.score([FLAT], ["a"], [{}])
     assert values == {"own_rewards.Nameless": 7, "own_rewards.bright": 90}
@@ -2567,6 +2573,12 @@ def test_no_evaluation_prompt_is_trained_on(source, text):
     assert train == some_prompts(source, "train", count=3000)
     assert train != some_prompts(source, "train", seed="0, process 1", count=3000)
     assert held_out == some_prompts(source, "eval", seed=1)
+
+
+@parametrize("split, exclude", [("test", None), ("eval", "held-out.txt")])
+def test_a_split_that_would_be_of_training_prompts_is_refused(split, exclude):
+    with pytest.raises(ValueError, match="split is"):
+        rewards.prompts("signs", split, exclude=exclude)
 
 
 def test_each_line_of_a_file_is_for_training_or_for_evaluation(tmp_path):
