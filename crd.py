@@ -49,10 +49,10 @@ One frozen model carries four LoRA adapters. The last three are moving averages 
 
     policy    trained
     ema       follows after every optimizer step; evaluated and saved
-    old       follows once per epoch and stays behind: rho then includes what earlier epochs
-              changed, and L limits the drift over several, not just one
-    sampler   draws the images; follows once per epoch, at least as closely as `old`: early on
-              they are of about today's policy (the loss could take any)
+    old       follows once per epoch and stays behind, so that rho, and with it L's limit on
+              drift, spans several epochs
+    sampler   draws the images; follows once per epoch, at least as closely as `old`, so that
+              early on they are nearly the current policy's (the loss would accept any)
 
 An epoch (train_epoch) draws K images of each prompt with `sampler` (generate), turns their rewards
 into s (reward_targets), takes optimizer steps (objective), and moves `old` and `sampler` toward
@@ -147,7 +147,7 @@ class Settings:
     epochs: int = arg(300, "in all; 0: only evaluate")
     steps_per_epoch: int = arg(2, "optimizer steps; the groups are split evenly among them")
     micro_batch: int = arg(24, "images at once, at most; whole groups")
-    lr: float = arg(3e-4, "AdamW learning rate")
+    lr: float = arg(3e-4, "AdamW learning rate; weight decay 1e-4, gradient norm at most 1")
     old_decay: list[float] = arg([0, 0.25, 0.005, 0.999], DECAY_HELP)
     sampler_decay: list[float] = arg([75, 0.0, 0.0075, 0.999], DECAY_HELP)
     ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
@@ -171,7 +171,8 @@ PRESETS = {
     # Paper, Table 3. `sampler` copies the policy up to epoch 37. From 105 on it and `old` are
     # nearly frozen, against drift: images become off-policy, which the loss allows.
     "ocr": dict(),
-    # `old` and `sampler` keep moving: after each epoch, at least half of the way to the policy.
+    # From the authors' code. `old` and `sampler` keep moving: after each epoch, at least half of
+    # the way to the policy.
     "geneval": dict(
         reward="geneval", steps_per_epoch=1,
         old_decay=[0, 0.25, 0.001, 0.5], sampler_decay=[0, 0, 0.001, 0.5],
@@ -291,9 +292,8 @@ def sample_ode(velocity, noise, sigmas):
     for sigma, sigma_next, gap in zip(sigmas[:-1], sigmas[1:], gaps):
         x0 = x - sigma * velocity(x, sigma)
         D = x0
-        # Extrapolate, but not in the first step, which has no last x0; not in the second or the
-        # last, if the gap from sigma 1 or to 0 is infinite; and not over more than twice the last
-        # gap, which would not be safe.
+        # Extrapolate, but not in the first step; not after or across an infinite gap, that from
+        # sigma 1 or to 0; and not over more than twice the last gap, where it can do harm.
         if last_gap < math.inf and gap <= 2 * last_gap:
             D = x0 + gap / last_gap / 2 * (x0 - last_x0)
         x = D + sigma_next / sigma * (x - D)
@@ -311,8 +311,8 @@ ADAPTERS = ("policy", "ema", "old", "sampler")
 class LoRALinear(nn.Module):
     """A linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    W is frozen by add_lora, B zero-initialized. `policy` is trained; the other adapters start as
-    copies of it.
+    W is frozen by add_lora; A starts Gaussian, as in peft's "gaussian", and B as 0. `policy` is
+    trained; the other adapters start as copies of it.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -621,8 +621,8 @@ def generate(pipe, layers, adapter, noise, cond, uncond, steps, guidance, micro_
 
 
 def objective(v, v_old, v_ref, u, s, n, args):
-    """{name: number}: "loss" is L with its first term times reward_weight, for whole groups at one
-    sigma; the rest is only logged. Without an anchor v_ref is None."""
+    """{name: scalar tensor}: "loss" is L with its first term times reward_weight, for whole groups
+    at one sigma; the rest is only logged. Without an anchor v_ref is None."""
     rho = implicit_reward(v, v_old, u)
     terms = {"crd_loss": crd_loss(rho, s, args.group_size, args.beta, tau=args.tau)}
     terms["loss"] = args.reward_weight * terms["crd_loss"]
@@ -891,6 +891,7 @@ def run(args, folder):
             args, epoch, progress["step"], pipe, shape, uncond, layers, optimizer, source, reward
         )
         # A process may lack a number, such as that of a GenEval task of which it drew no prompt.
+        # (A task's number is then a mean of means.)
         shards = gather(own_values)
         names = dict.fromkeys(name for values in shards for name in values)
         values = {name: fmean(v[name] for v in shards if name in v) for name in names}

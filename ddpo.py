@@ -117,7 +117,7 @@ class Settings:
     stat_min: int = arg(16, "a prompt with fewer rewards uses the epoch's mean and std")
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
-    lr: float = arg(3e-4, "AdamW learning rate")
+    lr: float = arg(3e-4, "AdamW learning rate; weight decay 1e-4, gradient norm at most 1")
     ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
@@ -264,8 +264,8 @@ ADAPTERS = ("policy", "ema")
 class LoRALinear(nn.Module):
     """A linear layer with low-rank updates, W x + alpha / rank B A x (arXiv 2106.09685).
 
-    W is frozen by add_lora, B zero-initialized. `policy` is trained; the other adapters start as
-    copies of it.
+    W is frozen by add_lora; A starts Gaussian, as in peft's "gaussian", and B as 0. `policy` is
+    trained; the other adapters start as copies of it.
     """
 
     def __init__(self, base, rank, alpha, adapters):
@@ -946,6 +946,7 @@ def run(args, folder, train_epoch):
             history,
         )  # fmt: skip
         # A process may lack a number, such as that of a GenEval task of which it drew no prompt.
+        # (A task's number is then a mean of means.)
         shards = gather(own_values)
         names = dict.fromkeys(name for values in shards for name in values)
         values = {name: fmean(v[name] for v in shards if name in v) for name in names}
