@@ -150,7 +150,7 @@ class Settings:
     lr: float = arg(3e-4, "AdamW learning rate; weight decay 1e-4, gradient norm at most 1")
     old_decay: list[float] = arg([0, 0.25, 0.005, 0.999], DECAY_HELP)
     sampler_decay: list[float] = arg([75, 0.0, 0.0075, 0.999], DECAY_HELP)
-    ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
+    ema: float = arg(0.9, "decay of `ema`; until then (1 + t) / (10 + t) at optimizer step t")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
@@ -726,7 +726,7 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        # The decay starts low, as in DiffusionNFT (arXiv 2509.16117).
+        # The decay starts low, as that of DiffusionNFT's EMA (arXiv 2509.16117).
         ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
 
     # 4. Let `old` and `sampler` follow the policy.

@@ -118,7 +118,7 @@ class Settings:
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate; weight decay 1e-4, gradient norm at most 1")
-    ema: float = arg(0.9, "decay of `ema` per optimizer step, less in the first steps")
+    ema: float = arg(0.9, "decay of `ema`; until then (1 + t) / (10 + t) at optimizer step t")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
     # run
@@ -136,14 +136,15 @@ class Settings:
 PRESETS = {
     "sd1": dict(),
     # Noise that the flow's SDE adds in the last step would stay visible: that step has none. (DDIM
-    # adds next to none there.) The clip, sd1's, is not tuned for 65,536 latents.
+    # adds next to none there.) The clip is sd1's, not tuned for 65,536 latents, whose densities may
+    # then differ by a factor of 700.
     "sd3": dict(
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
     # The toys, also `scenes`, have no T5. diffusers puts zeros in place of its tokens: one will do.
     # An image has 2,048 latents, an eighth of the paper's: a clip of 8e-4 lets densities differ as
-    # much as 1e-4 does there, and 1e-3 is used. Three noisy steps are enough to explore.
+    # much as 1e-4 does there; it is rounded to 1e-3. Three noisy steps are enough to explore.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1,
         reward=f"ocr@{TINY}", prompts="signs", images=192, group_size=8, steps=10,
@@ -205,7 +206,7 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
 
     v, x, x_next (B, ...); sigma, sigma_next () or (B,); sigma_max () -> x_next and its log_prob.
     x = (1 - sigma) image + sigma noise, v = noise - image, and dt = sigma_next - sigma < 0. At
-    sigma = 1 the diffusion noise_level sqrt(sigma / (1 - sigma)) would be infinite: sigma_max, the
+    sigma = 1 `diffusion`, noise_level sqrt(sigma / (1 - sigma)), would be infinite: sigma_max, the
     schedule's largest sigma below 1, takes sigma's place in the denominator.
     """
     shape = (-1, *[1] * (x.ndim - 1))
@@ -410,7 +411,7 @@ def checkpoint(block, *inputs):
 # The models. For another one, write another such class and add it to MODELS. In all of them `i`
 # counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
 # diffusers takes them. `step` draws x_next, or scores it if given; noise_scale 0 draws without
-# noise. To compare such a class with the pipeline of a model in a folder:
+# noise, and the log-probability is NaN. To compare such a class with a folder's pipeline:
 # MODEL=folder python -m pytest -q -k "section and ddpo-" test_crd.py
 
 SIDE_MULTIPLE = 16  # 8 pixels to a latent (the toys': 4), 2 latents to a patch of SD3's
@@ -492,7 +493,7 @@ class StableDiffusion:
         self.shape = (pipe.unet.config.in_channels, args.height // scale, args.width // scale)
         self.eta = args.eta
         self.t = self.scheduler.timesteps.to(device)
-        # t_next, as DDIMScheduler defines it, is not always the next entry of t.
+        # As DDIMScheduler defines it: not the next entry of t, if --steps does not divide 1000.
         self.t_next = self.t - self.scheduler.config.num_train_timesteps // args.steps
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
 
@@ -676,7 +677,7 @@ def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
     ratio_error = change.expm1().abs()  # |ratio - 1|, without the rounding of float32 near 1
     terms = {"loss": loss}
     if args.algorithm == "is":
-        # The KL in nats is D^2 times this, as `change` is an average over D latents.
+        # As the log-ratio is D `change`, for D latents, the KL in nats is D^2 times this.
         terms["approx_kl"] = change.square().mean() / 2
         # The share of ratios outside 1 +- clip. Those above it with A > 0, and those below it with
         # A < 0, get no gradient.
@@ -720,7 +721,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     starts = range(0, N, per_update)
     # The micro-batches of each update. Images are drawn in them, too (see `guided`), so they are
     # not shuffled.
-    updates = [batches(i, i + per_update, args.micro_batch) for i in starts]
+    update_batches = [batches(i, i + per_update, args.micro_batch) for i in starts]
     # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
     seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
     generator = torch.Generator(device).manual_seed(seed)
@@ -733,7 +734,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
     x0, states, log_probs = rollout(
-        model, noise, cond, uncond, sum(updates, []), noisy_steps, args, generator
+        model, noise, cond, uncond, sum(update_batches, []), noisy_steps, args, generator
     )
     images = decode(pipe, x0)
     clock.append(time.perf_counter())
@@ -749,7 +750,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     # 3. Improve: each update on its share of the images, at all of their noisy steps.
     parameters = optimizer.param_groups[0]["params"]
     totals = defaultdict(float)
-    for update, micro_batches in enumerate(bar(updates, "train")):
+    for update, micro_batches in enumerate(bar(update_batches, "train")):
         for rows, i in itertools.product(micro_batches, range(noisy_steps)):
             c = [part[rows] for part in cond]
             x, x_next = states[rows, i], states[rows, i + 1]
@@ -757,16 +758,16 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
             share = len(x) / per_update / noisy_steps  # of the update's mean
             (share * terms["loss"]).backward()
             for name, term in terms.items():
-                totals[name] += share / len(updates) * term.detach()
+                totals[name] += share / args.updates * term.detach()
             if update == 0:
                 totals["first_ratio_error"] += share * terms["ratio_error"]
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-        totals["grad_norm"] += norm / len(updates)
+        totals["grad_norm"] += norm / args.updates
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        # The decay starts low, as in DiffusionNFT (arXiv 2509.16117).
+        # The decay starts low, as that of DiffusionNFT's EMA (arXiv 2509.16117).
         ema_update(layers, "ema", min(args.ema, (1 + step) / (10 + step)))
     clock.append(time.perf_counter())
 

@@ -3,7 +3,7 @@ ddpo.py's parts: its models, rollout, evaluation and files.
 
 Draw images as DDPO does, score them, and train a denoising loss on them, weighted by their
 advantages (`rwr`), or on the best alone (`rwr-sparse`). The sampler's steps are not kept: each
-image is noised anew, to noise levels of the sampler's, drawn at random.
+image is noised anew, to random ones of the sampler's noise levels.
 
     python tiny-sd3/rwr.py --preset tiny             # weights softmax(advantage / temperature)
     python tiny-sd3/rwr.py --preset tiny --sparse    # the best tenth
@@ -32,7 +32,7 @@ import rewards  # noqa: E402
 
 @dataclass
 class Settings(ddpo.Settings):
-    """Those of ddpo.py, of which `algorithm` and `clip` are not used."""
+    """Those of ddpo.py. Leave `algorithm` and `clip` as they are: they are not used."""
 
     sparse: bool = ddpo.arg(False, "train on the best images alone, equally weighted")
     temperature: float = ddpo.arg(0.2, "weights are softmax(advantage / this) over an epoch")
@@ -45,13 +45,13 @@ PRESETS = ddpo.PRESETS
 def rwr_weights(advantages, temperature=0.2):
     """softmax(A / temperature) over N images, times N: 1 on average.
 
-    The authors' code multiplies, softmax(0.2 R): its sharpness depends on the reward's unit.
+    The authors' code has softmax(0.2 R), whose sharpness depends on the reward's unit.
     """
     return torch.softmax(advantages / temperature, 0) * len(advantages)
 
 
 def best_images(advantages, keep=0.1):
-    """Indices of the best `keep` of N images, repeated to N: `rwr` takes N images, too."""
+    """Indices of the best `keep` of N images, repeated to N, as many as `rwr` takes."""
     N = len(advantages)
     count = max(round(keep * N), 1)
     return advantages.topk(count).indices.repeat(math.ceil(N / count))[:N]
@@ -82,7 +82,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     per_update = N // args.updates
     starts = range(0, N, per_update)
     # ddpo.py's micro-batches, so that a seed's first images are the same.
-    drawn_in = sum((ddpo.batches(i, i + per_update, args.micro_batch) for i in starts), [])
+    micro_batches = sum((ddpo.batches(i, i + per_update, args.micro_batch) for i in starts), [])
     noisy_steps = args.steps - args.deterministic_steps
     seed = random.Random(f"{args.seed} {epoch} {ddpo.PROCESS}").getrandbits(63)
     generator = torch.Generator(device).manual_seed(seed)
@@ -93,7 +93,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in ddpo.encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
-    x0, _, _ = ddpo.rollout(model, noise, cond, uncond, drawn_in, noisy_steps, args, generator)
+    x0, _, _ = ddpo.rollout(model, noise, cond, uncond, micro_batches, noisy_steps, args, generator)
     images = ddpo.decode(pipe, x0)
     clock.append(time.perf_counter())
 
@@ -112,6 +112,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
         weights = torch.ones_like(A)
     totals = defaultdict(float)
     for update_rows in ddpo.bar(order.split(per_update), "train"):
+        # As many noise levels for each image as the sampler has.
         for rows, _ in itertools.product(update_rows.split(args.micro_batch), range(args.steps)):
             c = [part[rows] for part in cond]
             loss = regression_loss(model, x0[rows], weights[rows], c, uncond, args, generator)
