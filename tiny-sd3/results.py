@@ -150,7 +150,7 @@ CURVES = {  # file: (number, title, {experiment: (label, color)})
         "reward-alone": ("no anchor", "#b91c1c"), "both-slow": ("slow sampler", "#b45309"),
         "both-fast": ("fast reference", "#7e22ce")}),
 }  # fmt: skip
-SHEETS = "crd-2/epoch-0048 reward-alone-2/epoch-0048 both-fast-1/epoch-0048 jpeg-is-0/epoch-0024"
+SHEETS = "crd-2/epoch-0048 reward-alone-2/epoch-0048 both-fast-2/epoch-0048 jpeg-is-0/epoch-0024"
 
 
 def jobs():
