@@ -150,7 +150,7 @@ class Settings:
     lr: float = arg(3e-4, "AdamW learning rate; weight decay 1e-4, gradient norm at most 1")
     old_decay: list[float] = arg([0, 0.25, 0.005, 0.999], DECAY_HELP)
     sampler_decay: list[float] = arg([75, 0.0, 0.0075, 0.999], DECAY_HELP)
-    ema: float = arg(0.9, "decay of `ema`; until then (1 + t) / (10 + t) at optimizer step t")
+    ema: float = arg(0.9, "decay of `ema`, at most: (1 + n) / (10 + n) after n optimizer steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each transformer block")
     # run
@@ -177,7 +177,7 @@ PRESETS = {
         reward="geneval", steps_per_epoch=1,
         old_decay=[0, 0.25, 0.001, 0.5], sampler_decay=[0, 0, 0.001, 0.5],
     ),
-    # The toys, also `scenes`, have no T5. diffusers puts zeros in place of its tokens: one will do.
+    # The toys, also `scenes`, have no T5. diffusers takes zeros for its tokens: one token will do.
     "tiny": dict(
         model=TINY, device="cpu", height=32, width=64, max_sequence_length=1, rank=16, alpha=32,
         reward=f"ocr@{TINY}", prompts="signs", group_size=8, rollout_steps=6,
@@ -471,7 +471,7 @@ TARGET_MODULES = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 BLOCKS = ("JointTransformerBlock",)
-SIDE_MULTIPLE = 16  # 8 pixels to a latent (the toys': 4), 2 latents to a patch
+SIDE_MULTIPLE = 16  # 8 pixels to a row of latents (the toys': 4), 2 rows to a patch
 
 
 def expect(path, settings, **expected):
@@ -502,12 +502,12 @@ def load_parts(path, config, dtype):
             parts[name] = None
         elif name.startswith(("transformer", "unet", "vae", "text_encoder")):
             part = part_class(config, name)
-            precision = torch.float32 if name == "vae" else dtype
+            part_dtype = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
             # low_cpu_mem_usage is False, as True would round buffers such as positions to bf16. But
             # diffusers insists on True for classes with parts to keep in float32.
             parts[name], report = part.from_pretrained(
-                path, subfolder=name, dtype=precision, output_loading_info=True,
+                path, subfolder=name, dtype=part_dtype, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
             )  # fmt: skip
             if missing := list(report["missing_keys"]):
@@ -515,7 +515,7 @@ def load_parts(path, config, dtype):
             for key, p in parts[name].requires_grad_(False).named_parameters():
                 # diffusers decides by a file's first tensor whether to cast: cast the others here.
                 if in_float32.isdisjoint(key.split(".")):
-                    p.data = p.data.to(precision)
+                    p.data = p.data.to(part_dtype)
     return parts
 
 
@@ -736,8 +736,8 @@ def train_epoch(args, epoch, step, pipe, shape, uncond, layers, optimizer, sourc
 
     numbers = torch.stack(list(totals.values())).tolist()  # in one transfer
     values |= dict(zip(totals, numbers))
-    for i, phase in enumerate(("rollout", "reward", "train")):
-        values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+    for phase, start, stop in zip(("rollout", "reward", "train"), clock, clock[1:]):
+        values[f"{phase}_seconds"] = stop - start
     return R, values
 
 

@@ -3,7 +3,7 @@
 Fine-tune a text-to-image model so that its images score higher under any reward, by treating its
 sampler as a policy. What a reader who knows PPO would not expect:
 
-1. An episode is the denoising of one image; its actions are the T steps of a stochastic sampler.
+1. An episode is the denoising of one image; an action is the result of a noisy step of the sampler.
 2. An image's likelihood is intractable, but each step is a Gaussian: its log-probability is exact.
 3. There is no critic. The baseline is the mean of a prompt's last 32 rewards or, until there are
    --stat-min of them, the mean of all rewards of the epoch.
@@ -15,7 +15,8 @@ sampler as a policy. What a reader who knows PPO would not expect:
 
     cond, i, x         state: the prompt's embeddings, the step's index from 0, the noisy latents
     x_next             action: the latents after the step, drawn from the sampler's Gaussian
-    R, A               reward of the finished image; advantage, (R - mean) / std over its prompt
+    R, A               reward of the finished image; advantage, (R - mean) / std over its prompt,
+                       clipped to +-5
     p                  density of a step under the policy
     p_old              the same under the policy that drew the images, at the start of the epoch
     ratio              (p / p_old)^(1 / D) for D latents, by point 4
@@ -33,9 +34,9 @@ nearer to 1 than the true weight), and PPO's clip takes out steps whose ratio is
 
 An epoch (train_epoch) draws images and keeps their states and log p_old (rollout), turns their
 rewards into advantages (prompt_advantages), and updates the policy on every noisy step of every
-image (policy_terms). What is saved, and evaluated by the same sampler without noise, is `ema`, a
-moving average of the policy. (What the paper compares with, two kinds of reward-weighted
-regression, is in tiny-sd3/rwr.py.)
+image (policy_terms). What is evaluated, by the same sampler without noise, and saved for diffusers
+is `ema`, a moving average of the policy. (What the paper compares with, two kinds of reward-
+weighted regression, is in tiny-sd3/rwr.py.)
 
     python ddpo.py --preset tiny              # the bundled toy model, in minutes on any CPU
     python ddpo.py --reward compressibility   # Stable Diffusion 1.4, the paper's first task
@@ -118,7 +119,7 @@ class Settings:
     # optimization
     epochs: int = arg(100, "in all; 0: only evaluate")
     lr: float = arg(3e-4, "AdamW learning rate; weight decay 1e-4, gradient norm at most 1")
-    ema: float = arg(0.9, "decay of `ema`; until then (1 + t) / (10 + t) at optimizer step t")
+    ema: float = arg(0.9, "decay of `ema`, at most: (1 + n) / (10 + n) after n optimizer steps")
     grad_checkpoint: bool = arg(True, "recompute blocks in the backward pass")
     compile: bool = arg(False, "torch.compile each block")
     # run
@@ -142,7 +143,7 @@ PRESETS = {
         model="stabilityai/stable-diffusion-3.5-medium",
         steps=10, deterministic_steps=1, guidance=4.5,
     ),
-    # The toys, also `scenes`, have no T5. diffusers puts zeros in place of its tokens: one will do.
+    # The toys, also `scenes`, have no T5. diffusers takes zeros for its tokens: one token will do.
     # An image has 2,048 latents, an eighth of the paper's: a clip of 8e-4 lets densities differ as
     # much as 1e-4 does there; it is rounded to 1e-3. Three noisy steps are enough to explore.
     "tiny": dict(
@@ -161,7 +162,7 @@ PRESETS["scenes"] = PRESETS["tiny"] | dict(
 
 # The mathematics. Latents have any shape (B, ...).
 
-HISTORY = 32  # rewards of a prompt that are kept
+HISTORY = 32  # rewards of a prompt that are kept; the authors have 16 or 32, by task
 
 
 def gaussian_step(mean, std, x_next=None, generator=None):
@@ -187,8 +188,8 @@ def ddim_step(noise_pred, x, t, t_next, alphas_cumprod, eta=1.0, x_next=None, ge
 
     std is eq. 16's; at eta = 1, the most, this is DDPM's ancestral step. The same as diffusers'
     DDIMScheduler with prediction_type="epsilon", clip_sample=False, steps_offset=1,
-    set_alpha_to_one=False. In the last step t_next < 0, and alpha_next is alphas_cumprod[0]: if it
-    were 1, std would be 0.
+    set_alpha_to_one=False. Where t_next < 0, in the last step, alpha_next is alphas_cumprod[0]: if
+    it were 1, std would be 0.
     """
     shape = (-1, *[1] * (x.ndim - 1))
     # view(-1), as indexing with a tensor without dimensions makes the CPU wait for the GPU.
@@ -220,20 +221,20 @@ def flow_sde_step(v, x, sigma, sigma_next, sigma_max, noise_level=0.7, x_next=No
     return gaussian_step(mean, diffusion * (-dt).sqrt(), x_next, generator)
 
 
-def prompt_advantages(history, prompts, R, minimum=16, buffer=HISTORY, clip=5.0):
-    """Advantages (R - mean) / std by each prompt's own last `buffer` rewards (paper, sec. 5).
+def prompt_advantages(history, prompts, R, stat_min=16, keep=HISTORY, clip=5.0):
+    """Advantages (R - mean) / std by each prompt's own last `keep` rewards.
 
     This removes the prompt's difficulty. prompts: N str; R (N,) -> (N,), clipped to +-clip. R is
-    first appended to history, {prompt: list of float}, in place. A prompt with fewer than `minimum`
-    rewards uses the mean and std of R.
+    first appended to history, {prompt: list of float}, in place. A prompt with fewer rewards than
+    `stat_min` uses the mean and std of R.
     """
     R = R.double()  # where all rewards are equal, float32's rounding errors would be advantages
     for prompt, reward in zip(prompts, R.tolist()):
-        history[prompt] = (history.get(prompt, []) + [reward])[-buffer:]
+        history[prompt] = (history.get(prompt, []) + [reward])[-keep:]
     A = torch.empty_like(R)
     for i, prompt in enumerate(prompts):
         recent = R.new_tensor(history[prompt])
-        if len(recent) < minimum:
+        if len(recent) < stat_min:
             recent = R
         A[i] = (R[i] - recent.mean()) / (recent.std(correction=0) + 1e-6)
     return A.clamp(-clip, clip).float()
@@ -255,9 +256,9 @@ def importance_sampling_loss(log_prob, old_log_prob, advantages, clip=1e-4):
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-# LoRA and gradient checkpointing, by hand: before the first update ratios have to be exactly 1, so
-# passes with and without gradients have to round alike. (The same lines are in crd.py; only it
-# uses adapter None.)
+# LoRA and gradient checkpointing, by hand: before an epoch's first update ratios have to be exactly
+# 1, so passes with and without gradients have to round alike. (The same lines are in the other
+# script, crd.py; only it uses adapter None.)
 
 ADAPTERS = ("policy", "ema")
 
@@ -410,11 +411,12 @@ def checkpoint(block, *inputs):
 
 # The models. For another one, write another such class and add it to MODELS. In all of them `i`
 # counts the sampler's steps from 0, and `shape` is that of an image's latents, as the pipeline of
-# diffusers takes them. `step` draws x_next, or scores it if given; noise_scale 0 draws without
+# diffusers takes them. `step` draws x_next, or scores it if given; if not `noisy`, it draws without
 # noise, and the log-probability is NaN. To compare such a class with a folder's pipeline:
 # MODEL=folder python -m pytest -q -k "section and ddpo-" test_crd.py
 
-SIDE_MULTIPLE = 16  # 8 pixels to a latent (the toys': 4), 2 latents to a patch of SD3's
+# 8 pixels to a row of latents (the toys': 4), 2 rows to a patch of SD3's
+SIDE_MULTIPLE = 16
 
 
 def expect(path, settings, **expected):
@@ -445,12 +447,12 @@ def load_parts(path, config, dtype):
             parts[name] = None
         elif name.startswith(("transformer", "unet", "vae", "text_encoder")):
             part = part_class(config, name)
-            precision = torch.float32 if name == "vae" else dtype
+            part_dtype = torch.float32 if name == "vae" else dtype
             in_float32 = set(getattr(part, "_keep_in_fp32_modules", None) or ())
             # low_cpu_mem_usage is False, as True would round buffers such as positions to bf16. But
             # diffusers insists on True for classes with parts to keep in float32.
             parts[name], report = part.from_pretrained(
-                path, subfolder=name, dtype=precision, output_loading_info=True,
+                path, subfolder=name, dtype=part_dtype, output_loading_info=True,
                 low_cpu_mem_usage=bool(in_float32),
             )  # fmt: skip
             if missing := list(report["missing_keys"]):
@@ -458,7 +460,7 @@ def load_parts(path, config, dtype):
             for key, p in parts[name].requires_grad_(False).named_parameters():
                 # diffusers decides by a file's first tensor whether to cast: cast the others here.
                 if in_float32.isdisjoint(key.split(".")):
-                    p.data = p.data.to(precision)
+                    p.data = p.data.to(part_dtype)
     return parts
 
 
@@ -505,8 +507,8 @@ class StableDiffusion:
         x = x.to(self.network.dtype)
         return self.network(x, self.t[i], *cond, return_dict=False)[0].float()
 
-    def step(self, prediction, x, i, x_next=None, noise_scale=1.0, generator=None):
-        eta = noise_scale * self.eta
+    def step(self, prediction, x, i, x_next=None, noisy=True, generator=None):
+        eta = self.eta if noisy else 0.0
         t, t_next = self.t[i], self.t_next[i]
         return ddim_step(prediction, x, t, t_next, self.alphas_cumprod, eta, x_next, generator)
 
@@ -551,8 +553,8 @@ class StableDiffusion3:
         timestep = self.timesteps[i].expand(len(x))
         return self.network(x, *cond, timestep, return_dict=False)[0].float()
 
-    def step(self, prediction, x, i, x_next=None, noise_scale=1.0, generator=None):
-        level = noise_scale * self.noise_level
+    def step(self, prediction, x, i, x_next=None, noisy=True, generator=None):
+        level = self.noise_level if noisy else 0.0
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
         sigma_max = self.sigmas[1]  # as sigmas[0] is 1
         return flow_sde_step(prediction, x, sigma, sigma_next, sigma_max, level, x_next, generator)
@@ -629,7 +631,7 @@ def guided(model, x, i, cond, uncond, guidance):
     free guidance, arXiv 2207.12598. In rwr.py i is a tensor (B,), in this file an int.)
 
     Sampling and training both come through here, with the same images in a batch, so that both
-    round alike and the first update's ratio is exactly 1.
+    round alike and the ratios of an epoch's first update are exactly 1.
     """
     if guidance == 1.0:
         return model.predict(x, i, cond)
@@ -643,11 +645,11 @@ def guided(model, x, i, cond, uncond, guidance):
 def rollout(model, noise, cond, uncond, micro_batches, noisy_steps, args, generator=None):
     """Draw images from noise x_T (N, ...), in the micro-batches that training will use.
 
-    -> x0 (N, ...); states (N, noisy_steps + 1, ...), x_T and the result of each noisy step;
+    -> latents (N, ...); states (N, noisy_steps + 1, ...), x_T and the result of each noisy step;
     log_probs (N, noisy_steps). The steps after the first `noisy_steps` have no noise: they are
     ordinary DDIM or ODE steps. Their log-probability is NaN, and dropped.
     """
-    x0 = torch.empty_like(noise)
+    latents = torch.empty_like(noise)
     states = noise.new_empty(len(noise), noisy_steps + 1, *noise.shape[1:])
     log_probs = noise.new_empty(len(noise), noisy_steps)
     for rows in bar(micro_batches, "sample"):
@@ -656,13 +658,13 @@ def rollout(model, noise, cond, uncond, micro_batches, noisy_steps, args, genera
         c = [part[rows] for part in cond]
         for i in range(args.steps):
             prediction = guided(model, x, i, c, uncond, args.guidance)
-            scale = float(i < noisy_steps)
-            x, log_prob = model.step(prediction, x, i, noise_scale=scale, generator=generator)
-            if i < noisy_steps:
+            noisy = i < noisy_steps
+            x, log_prob = model.step(prediction, x, i, noisy=noisy, generator=generator)
+            if noisy:
                 states[rows, i + 1] = x
                 log_probs[rows, i] = log_prob
-        x0[rows] = x
-    return x0, states, log_probs
+        latents[rows] = x
+    return latents, states, log_probs
 
 
 def policy_terms(model, x, x_next, i, old_log_prob, A, cond, uncond, args):
@@ -721,7 +723,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     starts = range(0, N, per_update)
     # The micro-batches of each update. Images are drawn in them, too (see `guided`), so they are
     # not shuffled.
-    update_batches = [batches(i, i + per_update, args.micro_batch) for i in starts]
+    update_batches = [batches(start, start + per_update, args.micro_batch) for start in starts]
     # A string is hashed, so that the seeds of nearby epochs and processes are unrelated.
     seed = random.Random(f"{args.seed} {epoch} {PROCESS}").getrandbits(63)
     generator = torch.Generator(device).manual_seed(seed)
@@ -733,10 +735,10 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     pairs = list(itertools.islice(stream, N // K))
     cond = [c.repeat_interleave(K, 0) for c in encode(pipe, model, [p for p, _ in pairs])]
     noise = torch.randn(N, *model.shape, generator=generator, device=device)
-    x0, states, log_probs = rollout(
+    latents, states, log_probs = rollout(
         model, noise, cond, uncond, sum(update_batches, []), noisy_steps, args, generator
     )
-    images = decode(pipe, x0)
+    images = decode(pipe, latents)
     clock.append(time.perf_counter())
 
     # 2. Score. The baselines are of the rewards of all processes.
@@ -744,7 +746,7 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     own_R, values = reward.score(images, prompts, metadata)  # values: {name: mean score}
     R = torch.cat(gather(own_R))
     A = prompt_advantages(history, sum(gather(prompts), ()), R, args.stat_min)
-    A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
+    own_A = A[PROCESS * N : (PROCESS + 1) * N].to(device)
     clock.append(time.perf_counter())
 
     # 3. Improve: each update on its share of the images, at all of their noisy steps.
@@ -754,7 +756,9 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
         for rows, i in itertools.product(micro_batches, range(noisy_steps)):
             c = [part[rows] for part in cond]
             x, x_next = states[rows, i], states[rows, i + 1]
-            terms = policy_terms(model, x, x_next, i, log_probs[rows, i], A[rows], c, uncond, args)
+            terms = policy_terms(
+                model, x, x_next, i, log_probs[rows, i], own_A[rows], c, uncond, args
+            )
             share = len(x) / per_update / noisy_steps  # of the update's mean
             (share * terms["loss"]).backward()
             for name, term in terms.items():
@@ -773,8 +777,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
 
     numbers = torch.stack(list(totals.values())).tolist()  # in one transfer
     values |= dict(zip(totals, numbers))
-    for i, phase in enumerate(("rollout", "reward", "train")):
-        values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+    for phase, start, stop in zip(("rollout", "reward", "train"), clock, clock[1:]):
+        values[f"{phase}_seconds"] = stop - start
     return R, values
 
 
@@ -916,10 +920,10 @@ def run(args, folder, train_epoch):
         micro_batches = batches(0, len(held_out), args.micro_batch)
         with use_adapter(layers, "ema"):
             noisy_steps = 0
-            x0, _, _ = rollout(
+            latents, _, _ = rollout(
                 model, noise.to(device), held_out_cond, uncond, micro_batches, noisy_steps, args
             )
-        images = decode(pipe, x0)
+        images = decode(pipe, latents)
         R, values = reward.score(images, *zip(*held_out))
         if args.eval_rewards:
             # Under names of their own: see rewards.check_names.
@@ -997,8 +1001,9 @@ def parse(argv=None):
             raise ValueError(f"{flags.resume} holds no run of ddpo.py")
     else:
         name = f"ddpo-{flags.preset}-{flags.algorithm}-seed{flags.seed}"
-        updates = 1 if flags.algorithm == "sf" else 4
-        defaults = {"name": name, "updates": updates, **PRESETS[flags.preset]}
+        defaults = {"name": name, **PRESETS[flags.preset]}
+        if flags.algorithm == "sf":
+            defaults["updates"] = 1
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)[0]
 

@@ -376,11 +376,11 @@ def test_clipping_stops_steps_that_went_the_advantages_way(advantage, change):
 def test_advantages_use_a_prompts_own_statistics_once_there_are_enough():
     history = {}
     R = torch.tensor([1.0, 2.0, 6.0, 11.0])
-    A = ddpo.prompt_advantages(history, ["cat", "cat", "cat", "dog"], R, 3, buffer=4)
+    A = ddpo.prompt_advantages(history, ["cat", "cat", "cat", "dog"], R, 3, keep=4)
     assert_close(A[:3], (R[:3] - 3) / (R[:3].std(correction=0) + 1e-6))
     assert_close(A[3], (11 - R.mean()) / (R.std(correction=0) + 1e-6))
-    A = ddpo.prompt_advantages(history, ["cat", "cat"], torch.tensor([0.0, 4.0]), 3, buffer=4)
-    last_four = torch.tensor([2.0, 6.0, 0.0, 4.0])  # the buffer forgets the 1
+    A = ddpo.prompt_advantages(history, ["cat", "cat"], torch.tensor([0.0, 4.0]), 3, keep=4)
+    last_four = torch.tensor([2.0, 6.0, 0.0, 4.0])  # the history forgets the 1
     assert_close(A, (last_four[2:] - 3) / (last_four.std(correction=0) + 1e-6))
     history = {}
     R = torch.arange(40.0)
@@ -390,7 +390,7 @@ def test_advantages_use_a_prompts_own_statistics_once_there_are_enough():
     equal = torch.full((20,), 0.3)
     assert ddpo.prompt_advantages({}, ["bird"] * 20, equal).abs().max() < 1e-5
     outlier = torch.tensor([0.0] * 99 + [1.0])
-    assert ddpo.prompt_advantages({}, ["cow"] * 100, outlier, buffer=100).max() == 5
+    assert ddpo.prompt_advantages({}, ["cow"] * 100, outlier, keep=100).max() == 5
 
 
 def test_weights_of_the_baselines():
@@ -1500,7 +1500,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(sd1, monkeyp
         for p in policy:
             p.requires_grad_(i < R)  # later steps are part of the environment
         prediction = model.predict(x, i, cond)
-        x, _ = model.step(prediction, x, i, noise_scale=float(i < R), generator=generator)
+        x, _ = model.step(prediction, x, i, noisy=i < R, generator=generator)
     for p in policy:
         p.requires_grad_(True)
     x[:, :3].mean().backward()

@@ -128,8 +128,8 @@ def train_epoch(args, epoch, step, pipe, model, uncond, layers, optimizer, sourc
     clock.append(time.perf_counter())
 
     values |= {name: total.item() for name, total in totals.items()}
-    for i, phase in enumerate(("rollout", "reward", "train")):
-        values[f"{phase}_seconds"] = clock[i + 1] - clock[i]
+    for phase, start, stop in zip(("rollout", "reward", "train"), clock, clock[1:]):
+        values[f"{phase}_seconds"] = stop - start
     return R, values
 
 
