@@ -1,4 +1,4 @@
-"""Rewards and prompts: what CRD and DDPO optimize, and what they draw.
+"""Rewards and prompts: what crd.py and ddpo.py optimize, and what they draw.
 
     reward = load("ocr@tiny-sd3", "cpu")                     # with the models of a folder
     reward = load("ocr,incompressibility:-0.005", "cuda")    # a weighted sum
@@ -177,8 +177,8 @@ def reward_class(name):
 
 
 def default_source(spec):
-    """The prompt generator that suits a spec: that of its first reward, unless another one needs
-    prompts of its own kind."""
+    """The prompt generator that suits a spec: that of geneval, color or ocr, the first of them that
+    it names, which need prompts of their own kind; else that of its first reward."""
     names = [name for name, _, _ in parse_spec(spec)]
     picky = [name for name in ("geneval", "color", "ocr") if name in names]
     return reward_class([*picky, *names][0]).source
@@ -266,8 +266,8 @@ SIGN_COLORS = {  # those that the toy model in tiny-sd3/ was trained on
 
 
 class Color(Reward):
-    """1 if the image's median color is nearest to the one that the prompt names, else 0. A held-out
-    reward for tiny-sd3's signs. Hacked by signs without a word."""
+    """1 if the image's median color is nearest to the one that the prompt names, else 0. To be
+    logged, not trained on, with tiny-sd3's signs. Hacked by signs without a word."""
 
     name = "color"
     source = "signs"
@@ -361,7 +361,7 @@ class OCR(Reward):
 
     name = "ocr"
     source = "ocr"
-    recognizer_is_bgr = True  # PP-OCR's networks want blue first; the toys' recognizers do not
+    recognizer_is_bgr = True  # PP-OCR's networks want blue first; tiny-sd3's recognizers do not
 
     def __init__(self, path, device):
         """path: a folder or repository with `ocr-det` and `ocr-rec`."""
@@ -370,7 +370,7 @@ class OCR(Reward):
         place = locate(path, "ocr-det", "PaddlePaddle/PP-OCRv5_server_det_safetensors")
         self.detector = load_model(transformers.AutoModelForObjectDetection, place, device)
         settings, _ = load_settings(**place)
-        # For red, green, blue. (PP-OCR takes ImageNet's numbers for red to blue, and vice versa.)
+        # For red, green, blue. (PP-OCR swaps ImageNet's numbers for red and blue.)
         self.mean = settings.get("image_mean") or (0.406, 0.456, 0.485)
         self.std = settings.get("image_std") or (0.225, 0.224, 0.229)
         self.limit = settings.get("limit_side_len") or 960
@@ -435,7 +435,7 @@ class OCR(Reward):
         return F.pad(x.flip(0) if self.recognizer_is_bgr else x, (0, padded - width))
 
     def line_width(self, size):
-        """At a height of 48. As in PP-OCR, rounded up if the line will be padded, else down."""
+        """At a height of 48. As in PP-OCR, rounded up if that is at most `width`, else down."""
         width = 48 * size[1] / size[0]
         return math.ceil(width) if width <= self.width else min(int(width), self.max_width)
 
@@ -480,10 +480,10 @@ def components(mask):
     steps = F.pad(mask.int(), (1, 1)).diff()
     row, start = (steps == 1).nonzero(as_tuple=True)  # of each run of pixels in a row
     stop = (steps == -1).nonzero()[:, 1]  # the column after it
-    # Runs first to last - 1 touch this one from the row above, if only by a corner.
+    # Runs first to end - 1 touch this one from the row above, if only by a corner.
     width = mask.shape[1] + 2
     first = torch.searchsorted(row * width + stop, (row - 1) * width + start)
-    last = torch.searchsorted(row * width + start, (row - 1) * width + stop, right=True)
+    end = torch.searchsorted(row * width + start, (row - 1) * width + stop, right=True)
     parents = list(range(len(row)))
 
     def root(run):
@@ -492,7 +492,7 @@ def components(mask):
             run = parents[run]
         return run
 
-    for run, touching in enumerate(zip(first.tolist(), last.tolist())):
+    for run, touching in enumerate(zip(first.tolist(), end.tolist())):
         for other in range(*touching):
             parents[root(other)] = root(run)
     labels = torch.tensor([root(run) for run in parents]).repeat_interleave(stop - start)
@@ -514,7 +514,7 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
     """Boxes of the lines of text in a map (H, W) in 0..1, which marks a shrunken core of each (Liao
     et al. 2020, arXiv 1911.08947): so boxes grow, maybe over the edge. A box is its corners (4, 2),
     x and y, clockwise from the upper left. Cores that are thin are dropped, and those low on
-    average, over their own pixels. The defaults are PP-OCR's."""
+    average, over their own pixels (in PP-OCR, over the box). The defaults are PP-OCR's."""
     boxes = []
     for pixels in components(text_map > threshold):
         row, column = pixels.T
@@ -536,8 +536,8 @@ def find_boxes(text_map, threshold=0.3, box_threshold=0.6, unclip=1.5, min_side=
 
 
 def scale_box(box, size, new_size):
-    """A box in a map to whole pixels of an image, clipped to it. A tall one begins at its upper
-    right corner: its text is taken to run down."""
+    """A box in a map to whole pixels of an image, clipped to it. A tall one (by PP-OCR's rule)
+    begins at its upper right corner: its text is taken to run down."""
     size = torch.tensor([size[1], size[0]])
     new_size = torch.tensor([new_size[1], new_size[0]])
     box = torch.minimum((box * new_size / size).round().clamp(min=0), new_size)
@@ -567,15 +567,15 @@ def cut_out(pixels, box):
 
 
 def reading_order(boxes):
-    """Line by line, from the left, along the mean direction of the level or of the upright boxes,
-    whichever hold more text. A box joins a line if its center is level with the line's highest box,
-    or that box's center with it."""
+    """Line by line, from the left, along the mean direction of the horizontal or of the vertical
+    boxes, whichever are longer in all. A box joins a line if its center is at the height of the
+    line's first box, or that box's center at its height."""
     if not boxes:
         return []
     corners = torch.stack(boxes)
     edges = corners[:, 1] - corners[:, 0]
-    is_level = edges[:, 0].abs() >= edges[:, 1].abs()
-    direction = max(edges[is_level].sum(0), edges[~is_level].sum(0), key=torch.norm)
+    is_horizontal = edges[:, 0].abs() >= edges[:, 1].abs()
+    direction = max(edges[is_horizontal].sum(0), edges[~is_horizontal].sum(0), key=torch.norm)
     cos, sin = direction / direction.norm()
     x, y = corners.unbind(2)
     along = (x * cos + y * sin).mean(1).tolist()
@@ -638,8 +638,8 @@ def trim(image):
 
 
 def center_square(image, side):
-    """The center as torchvision scales and cuts it out, for originals that use that: at some sizes
-    transformers' is one pixel away."""
+    """The center as torchvision scales and cuts it out, for ImageReward and GenEval, as in the
+    originals: at some sizes transformers' is one pixel away."""
     image = trim(image)
     width, height = (int(side * edge / min(image.size)) for edge in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
@@ -648,8 +648,9 @@ def center_square(image, side):
 
 
 class CLIPScore(Reward):
-    """Cosine of image and prompt in OpenCLIP's ViT-H-14 (Hessel et al. 2021, arXiv 2104.08718,
-    who scale it by 2.5 and cut at 0). Hacked by the prompt written into the image. Weights: MIT."""
+    """Cosine of image and prompt in OpenCLIP's ViT-H-14. (Hessel et al. 2021, arXiv 2104.08718,
+    have ViT-B/32, scale by 2.5 and cut at 0.) Hacked by the prompt written into the image. Weights:
+    MIT."""
 
     name = "clipscore"
     range = (0.0, 0.4)
@@ -671,7 +672,7 @@ class CLIPScore(Reward):
 
 class PickScore(CLIPScore):
     """Human preference (Kirstain et al. 2023, arXiv 2305.01569): the cosine in a ViT-H-14 tuned on
-    Pick-a-Pic, times about 100. Hacked by glossy, busy images. Weights: no license stated."""
+    Pick-a-Pic, times about 100. Hacked by glossy, busy images. Weights: no license on the card."""
 
     name = "pickscore"
     range = (16.0, 26.0)
@@ -746,7 +747,7 @@ def score_head(width):
 class Aesthetic(Reward):
     """LAION's aesthetic predictor (github.com/christophschuhmann/improved-aesthetic-predictor):
     1 to 10, from CLIP ViT-L/14's image vector. It sees no prompt: hacked by any pretty image.
-    Weights: no license stated."""
+    Weights: no license on the card."""
 
     name = "aesthetic"
     range = (1.0, 10.0)
@@ -765,14 +766,14 @@ class Aesthetic(Reward):
 
 class ImageReward(Reward):
     """Human preference (Xu et al. 2023, arXiv 2304.05977, github.com/THUDM/ImageReward): BLIP reads
-    the prompt's first 35 tokens while it attends to the image, and a head scores its first vector.
+    the prompt, cut to 35 tokens, while it attends to the image, and a head scores its first vector.
     Hacked by oversaturated close-ups. Weights: Apache 2.0."""
 
     name = "imagereward"
     range = (-2.0, 2.0)
     source = "geneval"
-    mean = 0.16717362830052426  # of the authors' scores
-    std = 1.0333394966054072
+    score_mean = 0.16717362830052426  # of the authors' scores
+    score_std = 1.0333394966054072
     # BLIP-large, where it differs from transformers' defaults.
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
     vision |= dict(num_attention_heads=16, image_size=224, layer_norm_eps=1e-6)
@@ -818,7 +819,7 @@ class ImageReward(Reward):
         text = (tokens.input_ids, tokens.attention_mask)
         states = self.model["text"](*text, encoder_hidden_states=states).last_hidden_state
         scores = self.model["head"](states[:, 0]).squeeze(-1)
-        return (scores - self.mean) / self.std
+        return (scores - self.score_mean) / self.score_std
 
 
 # Vision-language models
@@ -827,7 +828,7 @@ class ImageReward(Reward):
 class Chat(Reward):
     """Base of rewards that ask a vision-language model. A subclass has `template`, `image_token`,
     `max_new_tokens`, and `inputs`: from images to a dict of the model's inputs, and the number of
-    vectors that an image becomes."""
+    tokens that an image becomes."""
 
     def __init__(self, place, processor_class, device):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
@@ -837,12 +838,13 @@ class Chat(Reward):
 
     def ask(self, images, questions, do_sample=False):
         """The model's answers."""
-        inputs, vectors = self.inputs([image.convert("RGB") for image in images])
+        inputs, image_tokens = self.inputs([image.convert("RGB") for image in images])
         texts = []
         for question in questions:
             for token in self.tokenizer.get_added_vocab():  # an <image> in a prompt is text
                 question = question.replace(token, f"{token[0]} {token[1:]}")
-            texts.append(self.template.format(image=self.image_token * vectors, question=question))
+            image = self.image_token * image_tokens
+            texts.append(self.template.format(image=image, question=question))
         # Padded on the left: an answer follows its question.
         tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
         inputs = transformers.BatchFeature({**tokens, **inputs})
@@ -881,8 +883,8 @@ class VLM(Chat):
 
     def inputs(self, images):
         vision = self.model.config.vision_config
-        vectors = (vision.image_size // vision.patch_size) ** 2  # LLaVA drops the class token
-        return {"pixel_values": clip_pixels(self.processor, images)}, vectors
+        image_tokens = (vision.image_size // vision.patch_size) ** 2  # LLaVA drops the class token
+        return {"pixel_values": clip_pixels(self.processor, images)}, image_tokens
 
     def score_batch(self, images, prompts):
         question = "Answer concisely: what is going on in this image?"
@@ -900,8 +902,8 @@ class VLM(Chat):
 
 def bertscore_recall(candidate, reference):
     """BERTScore's recall, no idf or baseline (arXiv 1904.09675): (n, d) and (m, d) to a number. The
-    first and the last of either, [CLS] and [SEP], do not count; but a word of the reference may be
-    nearest to one of the candidate's, as in github.com/Tiiiger/bert_score."""
+    reference's first and last, [CLS] and [SEP], do not count; but a word of it may match those of
+    the candidate, as in github.com/Tiiiger/bert_score."""
     if len(candidate) <= 2 or len(reference) <= 2:
         return 0.0
     cosines = F.normalize(reference[1:-1], dim=-1) @ F.normalize(candidate, dim=-1).T
@@ -911,8 +913,8 @@ def bertscore_recall(candidate, reference):
 class UnifiedReward(Chat):
     """A vision-language model's mark for alignment and quality, 1 to 5 (Wang et al. 2025, arXiv
     2503.05236), of the image squeezed or stretched to 512 px, with the question, both as in
-    github.com/yifan123/flow_grpo. Marks are coarse and high. Hacked by text in the image that
-    speaks to the judge. Weights: MIT."""
+    github.com/yifan123/flow_grpo, which has another checkpoint, 7b-v1.5. Marks are coarse and high.
+    Hacked by text in the image that speaks to the judge. Weights: MIT."""
 
     name = "unifiedreward"
     range = (1.0, 5.0)
@@ -1001,7 +1003,7 @@ class GenEval(Reward):
     github.com/djghosh13/geneval, but with another checkpoint and sides that are multiples of 32.
     The reward is `partial_credit`. Logged beside it are the benchmark's numbers: each task's share
     of images that pass `strict_verdict`, and the mean of these shares. Hacked by objects apart, as
-    if pasted. Weights: "other" (Mask2Former), no license stated (CLIP)."""
+    if pasted. Weights: "other" (Mask2Former), no license on the card (CLIP)."""
 
     name = "geneval"
     source = "geneval"
@@ -1126,8 +1128,8 @@ def instances(class_logits, mask_logits, size, threshold, input_size=None):
 
 
 def relations(a, b):
-    """Which of RELATIONS hold from box a to box b: none, one or two, by their centers. Along
-    an axis their offset, less a tenth of both boxes' sides, must be over half of the distance."""
+    """Where box a is of box b: none, one or two of RELATIONS, by their centers. Along an axis their
+    offset, less a tenth of both boxes' sides, must be over half of the distance."""
     dx = (a[0] + a[2] - b[0] - b[2]) / 2
     dy = (a[1] + a[3] - b[1] - b[3]) / 2
     half = math.hypot(dx, dy) / 2
@@ -1140,7 +1142,8 @@ def relations(a, b):
 
 
 def in_position(found, wanted, groups):
-    """Whether each object is where `wanted` says, relative to an earlier group, itself correct."""
+    """Whether each object is where `wanted` says: relative to all objects in one of groups, those
+    found for earlier entries, or None if they were not correct."""
     relation, target = wanted["position"]
     if groups[target] is None:
         return False
@@ -1167,7 +1170,7 @@ def strict_verdict(objects, entry):
 def partial_credit(objects, entry):
     """The score for training, at most 1: the mean over what is asked (Flow-GRPO, Liu et al. 2025).
     A count n gets 1 - |n - found| / n, below 0 for more than twice as many; a color the share of n
-    that has it; a position 1 or 0, judged if the color is right. If the count is wrong, color and
+    that has it; a position 1 or 0, left out if a color is wrong. If the count is wrong, color and
     position share one 0. (github.com/yifan123/reward-server also adds a 1 to a wrong position's 0;
     here there is none.)"""
     credits = []
@@ -1205,7 +1208,7 @@ def held_out(text):
 
 def subjects(prompt, metadata):
     """What a prompt asks for, alike for any order: [its text] or, with GenEval's metadata, [its
-    text, its objects]. The last decides whether it is held out."""
+    text, its objects]. The list's last item decides whether it is held out."""
     start = "a photo of " if prompt.startswith("a photo of ") else ""
     texts = [start + " and ".join(sorted(prompt.removeprefix(start).split(" and ")))]
     if metadata.get("tag") in TASKS:
@@ -1220,7 +1223,7 @@ def subjects(prompt, metadata):
 def prompts(source, split, seed=0, exclude=None):
     """Pairs (prompt, metadata) of a source: one of `GENERATORS`, or a .txt or .jsonl file. "train":
     without end, in an order that depends on the seed, an int or str. "eval": a list of at most 512.
-    None of its texts (`ocr`), words (`signs`), animals (`animals`) or other prompts is ever trained
+    No text (`ocr`), word (`signs`), animal (`animals`) or other prompt of that list is ever trained
     on, nor the same objects in another order. exclude, only for "train": a file whose prompts are
     held out as well or, if the source is a file, instead."""
     if split not in ("train", "eval") or split == "eval" and exclude:
@@ -1241,7 +1244,7 @@ def generated(source, split, rng, exclude=None):
     for item in GENERATORS[source](split, rng):  # prompts, or pairs
         prompt, metadata = (item, {}) if isinstance(item, str) else item
         if rejected and metadata.get("tag") != tag:
-            continue  # another task's: the mixture would change
+            continue  # wait for the same task, or the mixture would change
         tag = metadata.get("tag")
         if excluded.isdisjoint(subjects(prompt, metadata)):
             rejected = 0
@@ -1299,7 +1302,7 @@ def read_prompts(source):
 
 
 def evaluation_prompts(source, count, file=None):
-    """All pairs of a file, or `count` evaluation pairs of a source, repeated if too few."""
+    """All pairs of `file`; else `count` evaluation pairs of a source, repeated if too few."""
     if file:
         return read_prompts(file)
     return list(itertools.islice(itertools.cycle(prompts(source, "eval")), count))
@@ -1343,7 +1346,7 @@ ADJECTIVES = "fresh warm quiet golden happy little hidden silver wild gentle bra
 
 
 def text_prompts(split, rng):
-    """One to three English words: `A neon sign in a rainy street that says "Dream Big"`."""
+    """One to three English words: `A neon sign in a rainy street that says "Golden Dragon"`."""
     while True:
         text = rng.choice(TEXTS)
         words = {"noun": rng.choice(NOUNS), "other": rng.choice(NOUNS)}
